@@ -1,0 +1,292 @@
+"""A checkpoint that exists, opened from its headers alone: which files it has, and where each tensor's bytes lie.
+
+Three kinds::
+
+    sharded      rank files with a manifest
+    shards       rank files without one, found by their names (an engine's own ``save_sharded_state``)
+    huggingface  safetensors files of whole tensors; where there is an index, it decides which files and tensors are the source
+
+Everything that is read here is untrusted: paths must stay inside, sizes are bounded, headers are checked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from shardtool import header, manifest, pattern
+from shardtool.dtypes import DType
+from shardtool.errors import FormatError, Incomplete, NotFound, UsageError
+from shardtool.header import Entry, Header
+from shardtool.manifest import Manifest
+from shardtool.mosaic import invert
+from shardtool.plan import Stored, Tensor, whole
+from shardtool.stores import open_store
+from shardtool.stores.base import Object, Store, check_key
+
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+MAX_JSON = 256 << 20
+"""Bytes of an index or a config that are read at most."""
+MAX_OBJECTS = 200_000
+"""Files that a folder may hold before it is taken for something else than a checkpoint."""
+FIRST_READ = 64 << 10
+_FOREIGN = re.compile(r"(^|/)(consolidated[^/]*|adapter_model[^/]*)\.safetensors$")
+_HEADER_READERS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFile:
+    """One safetensors file: its rank and part, if it belongs to a rank."""
+
+    key: str
+    size: int
+    header: Header
+    rank: int | None = None
+    part: int = 0
+
+    def stored(self) -> dict[str, Stored]:
+        """Where each tensor's bytes lie. Types narrower than a byte are taken as the bytes that hold them."""
+        return {entry.name: _stored(self.key, entry) for entry in self.header.entries}
+
+
+def _stored(key: str, entry: Entry) -> Stored:
+    if entry.dtype.bits % 8:
+        return Stored(key, DType.U8, (entry.nbytes,), entry.offset)
+    return Stored(key, entry.dtype, entry.shape, entry.offset)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """An opened checkpoint. ``wanted``: names that the index declares, or None where every tensor of the files counts."""
+
+    uri: str
+    store: Store
+    kind: str
+    files: tuple[WeightFile, ...]
+    manifest: Manifest | None = None
+    wanted: frozenset[str] | None = None
+    objects: Mapping[str, Object] = field(default_factory=dict)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks that it has files of; none for whole tensors."""
+        return tuple(sorted({file.rank for file in self.files if file.rank is not None}))
+
+    def entries(self, rank: int | None = None) -> dict[str, tuple[WeightFile, Entry]]:
+        """Every tensor of a rank (or of the files without a rank). A name that comes twice is refused."""
+        found: dict[str, tuple[WeightFile, Entry]] = {}
+        for file in self.files:
+            if file.rank != rank:
+                continue
+            for entry in file.header.entries:
+                if self.wanted is not None and entry.name not in self.wanted:
+                    continue
+                if entry.name in found:
+                    raise FormatError(f"{self.uri}: tensor {entry.name!r} is in {found[entry.name][0].key} and in {file.key}")
+                found[entry.name] = (file, entry)
+        return found
+
+    def held(self, rank: int) -> dict[str, Stored]:
+        """Where a rank's tensors lie. Raises ``NotFound`` for a rank that the checkpoint does not have."""
+        if rank not in self.ranks:
+            raise NotFound(f"{self.uri} has no rank {rank}; it has {_spans(self.ranks)}")
+        return {name: _stored(file.key, entry) for name, (file, entry) in self.entries(rank).items()}
+
+    def catalog(self) -> dict[str, Tensor]:
+        """Every whole tensor of a Hugging Face checkpoint, by name."""
+        return {name: whole(name, _stored(file.key, entry)) for name, (file, entry) in self.entries().items()}
+
+    def config_text(self) -> str:
+        """The text of config.json. Raises ``NotFound`` where there is none."""
+        try:
+            data = self.store.get(CONFIG, limit=MAX_JSON)
+        except NotFound:
+            raise NotFound(f"{self.uri} has no config.json, which says what the model is") from None
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError:
+            raise FormatError(f"{self.store.locate(CONFIG)} is not text") from None
+
+
+def _spans(numbers: Iterable[int]) -> str:
+    listed = list(numbers)
+    return f"ranks {listed[0]} to {listed[-1]}" if listed else "no ranks"
+
+
+def parse_config(text: str, where: str) -> dict[str, Any]:
+    """config.json as a table. Raises ``FormatError``."""
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{where} is not JSON ({str(error)[:80]})") from None
+    if not isinstance(config, dict):
+        raise FormatError(f"{where} is not a table of settings")
+    return config
+
+
+def read_header(store: Store, key: str, size: int) -> Header:
+    """The checked header of one file. Raises ``FormatError`` that names it."""
+    where = store.locate(key)
+    first = bytearray(min(size, FIRST_READ))
+    if first:
+        store.readinto(key, 0, memoryview(first))
+    n = header.length(bytes(first[:8]), size, where)
+    text = bytearray(first[8 : 8 + n])
+    if len(text) < n:
+        have = len(text)
+        text.extend(bytes(n - have))
+        store.readinto(key, 8 + have, memoryview(text)[have:])
+    return header.parse(bytes(text), size, where)
+
+
+def open_checkpoint(uri: str | os.PathLike[str], *, shard_pattern: str | None = None) -> Checkpoint:
+    """Open whatever lies at a URI; a single ``.safetensors`` file too. Reads headers and the manifest or the index, no tensor."""
+    uri = os.fspath(uri)
+    if uri.endswith(".safetensors"):
+        folder, _, name = uri.rpartition("/")
+        store = open_store(folder or ("/" if uri.startswith("/") else "."))
+        return Checkpoint(uri, store, "huggingface", _files(store, [(store.stat(name), None, 0)]))
+    store = open_store(uri)
+    try:
+        data = store.get(manifest.KEY, limit=manifest.MAX_BYTES)
+    except NotFound:
+        return _without_manifest(uri, store, shard_pattern)
+    found = manifest.decode(data, store.locate(manifest.KEY))
+    return Checkpoint(uri, store, "sharded", (), found)
+
+
+def with_headers(checkpoint: Checkpoint, ranks: Iterable[int] | None = None) -> Checkpoint:
+    """The same checkpoint with the headers of its manifest's files (of some ranks only, if said)."""
+    if checkpoint.manifest is None:
+        return checkpoint
+    wanted = None if ranks is None else set(ranks)
+    jobs = []
+    for record in checkpoint.manifest.files:
+        if wanted is not None and record.rank not in wanted:
+            continue
+        try:
+            found = checkpoint.store.stat(record.key)
+        except NotFound:
+            raise Incomplete(f"{checkpoint.store.locate(record.key)} is missing; the manifest lists it, restore it or save again") from None
+        jobs.append((found, record.rank, record.part))
+    return Checkpoint(
+        checkpoint.uri, checkpoint.store, checkpoint.kind, _files(checkpoint.store, jobs), checkpoint.manifest
+    )
+
+
+def _files(store: Store, jobs: list[tuple[Object, int | None, int]]) -> tuple[WeightFile, ...]:
+    def one(job: tuple[Object, int | None, int]) -> WeightFile:
+        found, rank, part = job
+        return WeightFile(found.key, found.size, read_header(store, found.key, found.size), rank, part)
+
+    if len(jobs) < 2:
+        return tuple(map(one, jobs))
+    with ThreadPoolExecutor(min(_HEADER_READERS, len(jobs))) as pool:
+        return tuple(pool.map(one, jobs))
+
+
+def _without_manifest(uri: str, store: Store, shard_pattern: str | None) -> Checkpoint:
+    objects: dict[str, Object] = {}
+    for found in store.list():
+        objects[found.key] = found
+        if len(objects) > MAX_OBJECTS:
+            raise UsageError(f"{uri} holds more than {MAX_OBJECTS} files; name the folder of one checkpoint")
+    if any(key.startswith(manifest.PRIVATE) and key.endswith(".json") for key in objects):
+        raise Incomplete(f"{uri} is being written or was interrupted: run the same command again to finish it")
+    shards = _shards(objects, shard_pattern)
+    if shards:
+        return Checkpoint(uri, store, "shards", _files(store, shards), objects=objects)
+    if shard_pattern is not None:
+        raise NotFound(f"{uri} has no file that --pattern {shard_pattern!r} names")
+    indexes = [key for key in objects if key.endswith(".safetensors.index.json") and "/" not in key and "consolidated" not in key]
+    if indexes:
+        return _indexed(uri, store, objects, INDEX if INDEX in indexes else sorted(indexes)[0])
+    plain = [key for key in sorted(objects) if key.endswith(".safetensors") and "/" not in key and not _FOREIGN.search(key)]
+    if not plain:
+        raise NotFound(f"{uri} has no safetensors files; name the folder of a checkpoint, with its config.json and *.safetensors")
+    return Checkpoint(uri, store, "huggingface", _files(store, [(objects[key], None, 0) for key in plain]), objects=objects)
+
+
+def _shards(objects: Mapping[str, Object], text: str | None) -> list[tuple[Object, int | None, int]]:
+    """The files that a pattern (or one of the engines' own) names, with rank and part."""
+    for candidate in (pattern.DEFAULT, pattern.DEFAULT_PP) if text is None else (text,):
+        fields = {field for field in pattern.FIELDS if "{" + field in candidate}
+        made = pattern.parse(candidate, tp=2 if fields & {"rank", "tp_rank"} else 1, pp=2 if "pp_rank" in fields else 1)
+        names = made.regex()
+        found: list[tuple[Object, int | None, int]] = []
+        for key, thing in sorted(objects.items()):
+            if match := names.fullmatch(key):
+                numbers = {name: int(value) for name, value in match.groupdict().items()}
+                if numbers.get("pp_rank"):
+                    raise UsageError(f"{key} belongs to a pipeline stage; pipeline parallel shards are not supported yet")
+                found.append((thing, numbers.get("rank", numbers.get("tp_rank", 0)), numbers.get("part", 0)))
+        if found:
+            return found
+    return []
+
+
+def _indexed(uri: str, store: Store, objects: Mapping[str, Object], index: str) -> Checkpoint:
+    where = store.locate(index)
+    table = parse_config(store.get(index, limit=MAX_JSON).decode("utf-8", "replace"), where)
+    weight_map = table.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise FormatError(f"{where} is damaged: it has no weight_map from tensors to files")
+    for key in set(weight_map.values()):
+        try:
+            check_key(key)
+        except UsageError:
+            raise FormatError(f"{where} names the file {key!r}, which is not inside the checkpoint") from None
+        if key not in objects:
+            raise Incomplete(f"{store.locate(key)} is missing; {index} lists it, fetch the checkpoint again")
+    files = _files(store, [(objects[key], None, 0) for key in sorted(set(weight_map.values()))])
+    has = {file.key: {entry.name for entry in file.header.entries} for file in files}
+    for name, key in weight_map.items():
+        if name not in has[key]:
+            raise FormatError(f"{where} says that tensor {name!r} is in {key}, but it is not there")
+    chosen = tuple(_only(file, {name for name, key in weight_map.items() if key == file.key}) for file in files)
+    return Checkpoint(uri, store, "huggingface", chosen, wanted=frozenset(weight_map), objects=objects)
+
+
+def _only(file: WeightFile, names: set[str]) -> WeightFile:
+    """The file with the tensors that the index takes from it."""
+    entries = tuple(entry for entry in file.header.entries if entry.name in names)
+    return WeightFile(file.key, file.size, Header(entries, file.header.metadata, file.header.data_offset), file.rank, file.part)
+
+
+def targets(checkpoint: Checkpoint, made: Manifest, rank: int) -> list[tuple[Tensor, Stored]]:
+    """A rank's tensors as the recipe says them, beside where they lie. What is missing, foreign or different is refused."""
+    held = checkpoint.held(rank)
+    found = []
+    for tensor in made.recipe.tensors(rank):
+        stored = held.pop(tensor.name, None)
+        if stored is None:
+            raise Incomplete(f"{checkpoint.uri}: rank {rank} has no tensor {tensor.name!r}")
+        if (stored.dtype, stored.shape) != (tensor.dtype, tensor.shape):
+            raise FormatError(
+                f"{checkpoint.uri}: tensor {tensor.name!r} of rank {rank} is {stored.dtype.name} {list(stored.shape)} in {stored.key}, "
+                f"the recipe says {tensor.dtype.name} {list(tensor.shape)}"
+            )
+        found.append((tensor, stored))
+    if held:
+        raise FormatError(f"{checkpoint.uri}: rank {rank} has the tensor {min(held)!r}, which the recipe does not know")
+    return found
+
+
+def logical(checkpoint: Checkpoint, made: Manifest) -> dict[str, Tensor]:
+    """The source tensors that a sharded checkpoint holds: its recipe read backwards, copies and kept tensors included."""
+    every = [pair for rank in made.recipe.ranks() for pair in targets(checkpoint, made, rank)]
+    found = invert(every, made.inventory)
+    if any(dropped.kept for dropped in made.dropped):
+        for name, (file, entry) in checkpoint.entries().items():
+            found[name] = whole(name, _stored(file.key, entry))
+    for copy, of in made.copies.items():
+        if of in found:
+            found[copy] = Tensor(copy, found[of].dtype, found[of].shape, found[of].pieces, stored=found[of].stored)
+    return found
+

@@ -1,0 +1,195 @@
+"""The engine: brings the bytes of a schedule to sinks, with threads, under one arena.
+
+::
+
+    execute
+    ├── dispatcher (the caller's thread): per step, lease a block, ask the sinks for room, queue the reads
+    └── readers (threads): read -> scatter (slice, cast) -> the last one of a step hands its tiles to their sinks
+
+Memory is leased by the dispatcher only, in the order of the steps. A sink gives a tile's memory back when it is done with it; the block
+returns when all its tiles have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from threading import BoundedSemaphore, Lock
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardtool.budget import Arena, Block, Stopped
+from shardtool.cast import cast_into
+from shardtool.dtypes import DType
+from shardtool.schedule import Copy, Read, Step, Tile
+from shardtool.stores.base import Store
+
+Progress = Callable[[int], None]
+"""Told of the bytes that have just been done."""
+
+
+class Sink(Protocol):
+    """Where tiles go. ``staging`` is how many bytes of the step's block it needs per byte of tile."""
+
+    staging: int
+
+    def room(self, tile: Tile, memory: memoryview) -> memoryview:
+        """Memory for the tile: of ``memory`` (``staging`` times its size), or the sink's own. Called by the dispatcher; may wait."""
+
+    def done(self, tile: Tile, memory: memoryview, release: Callable[[], None]) -> None:
+        """The tile is filled. ``memory`` is what ``room`` was given; ``release`` gives it back. Called by a reader."""
+
+
+class _Work:
+    """One step under way."""
+
+    __slots__ = ("block", "held", "left", "lock", "memory", "rooms", "step")
+
+    def __init__(self, step: Step, block: Block | None, jobs: int) -> None:
+        self.step = step
+        self.block = block
+        self.memory = block.view if block else memoryview(b"")
+        self.left = jobs
+        self.held = len(step.tiles)
+        self.rooms: dict[int, memoryview] = {}
+        self.lock = Lock()
+
+    def staging(self, tile: Tile) -> memoryview:
+        return self.memory[tile.place : tile.place + tile.nbytes * tile.target.staging]
+
+    def release(self) -> None:
+        """One tile's memory is free; the block goes back with the last one."""
+        with self.lock:
+            self.held -= 1
+            last = self.held == 0
+        if last and self.block:
+            self.block.release()
+
+
+def execute(
+    steps: Iterable[Step],
+    store: Store,
+    arena: Arena,
+    *,
+    readers: int,
+    progress: Progress | None = None,
+    stop: Callable[[], None] | None = None,
+) -> None:
+    """Run every step; returns when all tiles are done. The first failure of any thread is raised here.
+
+    ``stop`` is called on failure, to wake sinks that wait in ``room``; they raise ``Stopped`` then.
+    """
+    run = _Run(store, arena, readers, progress, stop)
+    pool = ThreadPoolExecutor(max(1, readers), thread_name_prefix="shardtool")
+    try:
+        for step in steps:
+            run.dispatch(step, pool)
+        pool.shutdown(wait=True)
+    except BaseException as error:
+        run.fail(error)
+        pool.shutdown(wait=True, cancel_futures=True)
+        if not isinstance(error, Stopped):
+            raise
+    if run.error is not None:
+        raise run.error
+
+
+class _Run:
+    def __init__(
+        self, store: Store, arena: Arena, readers: int, progress: Progress | None, stop: Callable[[], None] | None
+    ) -> None:
+        self._stop = stop
+        self.error: BaseException | None = None
+        self._store = store
+        self._arena = arena
+        self._progress = progress
+        self._queued = BoundedSemaphore(4 * max(1, readers) + 8)
+
+    def fail(self, error: BaseException) -> None:
+        """Remember the first error and wake everybody who waits."""
+        if self.error is None:
+            self.error = error
+        self._arena.stop()
+        if self._stop:
+            self._stop()
+
+    def dispatch(self, step: Step, pool: ThreadPoolExecutor) -> None:
+        block = self._arena.lease(step.cost) if step.cost else None
+        jobs = [step.reads] if step.serial or not step.reads else [[read] for read in step.reads]
+        work = _Work(step, block, len(jobs))
+        for tile in step.tiles:
+            room = tile.target.sink.room(tile, work.staging(tile))
+            work.rooms[id(tile)] = room
+            if tile.fill is not None:
+                fill(room, tile.target.tensor.dtype, tile.fill)
+        for job in jobs:
+            self._queued.acquire()
+            if self.error is not None:
+                raise Stopped
+            pool.submit(self._job, work, job)
+
+    def _job(self, work: _Work, reads: list[Read]) -> None:
+        try:
+            if self.error is None:
+                for read in reads:
+                    self._read(work, read)
+                self._finish(work)
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the dispatcher raises it
+            self.fail(error)
+        finally:
+            self._queued.release()
+
+    def _read(self, work: _Work, read: Read) -> None:
+        if read.place is None:
+            (copy,) = read.copies
+            start = copy.dst.offset * copy.dtype.itemsize
+            self._store.readinto(read.key, read.start, work.rooms[id(copy.tile)][start : start + read.nbytes])
+            return
+        scratch = work.memory[read.place : read.place + read.nbytes]
+        self._store.readinto(read.key, read.start, scratch)
+        for copy in read.copies:
+            scatter(copy, scratch, work.rooms[id(copy.tile)])
+
+    def _finish(self, work: _Work) -> None:
+        with work.lock:
+            work.left -= 1
+            if work.left:
+                return
+        for tile in work.step.tiles:
+            tile.target.sink.done(tile, work.staging(tile), work.release)
+            if self._progress:
+                self._progress(tile.nbytes)
+
+
+def scatter(copy: Copy, source: memoryview, room: memoryview) -> None:
+    """Elements of a read to their places in a tile, cast where the types differ."""
+    to = copy.tile.target.tensor.dtype
+    src = elements(source, copy.dtype, copy.base + copy.src.offset * copy.dtype.itemsize, copy.src.shape, copy.src.strides)
+    dst = elements(room, to, copy.dst.offset * to.itemsize, copy.dst.shape, copy.dst.strides)
+    if to is copy.dtype:
+        np.copyto(dst, src)
+    else:
+        cast_into(dst, to, src, copy.dtype)
+
+
+def elements(
+    memory: memoryview, dtype: DType, start: int, shape: tuple[int, ...], strides: tuple[int, ...]
+) -> NDArray[np.generic]:
+    """A strided view of elements in memory, ``start`` in bytes."""
+    item = dtype.itemsize
+    return np.ndarray(shape, dtype.numpy, memory, start, tuple(s * item for s in strides))
+
+
+def fill(room: memoryview, dtype: DType, value: float) -> None:
+    """Every element of a tile set to one value."""
+    count = len(room) // dtype.itemsize
+    target = elements(room, dtype, 0, (count,), (1,))
+    target.fill(_bfloat16(value) if dtype is DType.BF16 else value)
+
+
+def _bfloat16(value: float) -> np.uint16:
+    bits = np.zeros(1, np.uint16)
+    cast_into(bits, DType.BF16, np.full(1, value, np.float32), DType.F32)
+    return np.uint16(bits[0])

@@ -1,0 +1,141 @@
+"""The header of a safetensors file: written so that direct reads are aligned, parsed as the untrusted text that it is.
+
+A file is: 8 bytes of header length (little endian), the header (JSON, padded with spaces), the tensors' bytes without
+holes. Ours holds the tensors in safetensors' own order (dtype descending, then name); its padding makes the first tensor of
+1 MiB or more start on a multiple of 4096 bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from shardtool.dtypes import DType
+from shardtool.errors import FormatError
+
+MAX_HEADER = 100_000_000
+"""Bytes of header that a file may have; the format's own limit."""
+PAGE = 4096
+BIG = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a file: its dtype, shape and where its bytes start in the file."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A parsed header: entries in the order of their bytes."""
+
+    entries: tuple[Entry, ...]
+    metadata: dict[str, str]
+    data_offset: int
+
+
+def sort_key(name: str, dtype: DType) -> tuple[int, str]:
+    """The order of tensors in a safetensors file."""
+    return -dtype.order, name
+
+
+def encode(tensors: Sequence[tuple[str, DType, tuple[int, ...]]], metadata: dict[str, str] | None = None) -> bytes:
+    """Length field and header for these tensors, whose bytes follow in this order."""
+    table: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    offset = 0
+    big: int | None = None
+    for name, dtype, shape in tensors:
+        nbytes = dtype.nbytes(math.prod(shape))
+        table[name] = {"dtype": dtype.name, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+        if big is None and nbytes >= BIG:
+            big = offset
+        offset += nbytes
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    pad = -(8 + len(text)) % 8
+    if big is not None and big % 8 == 0:
+        pad = -(8 + len(text) + big) % PAGE
+    if len(text) + pad > MAX_HEADER:
+        raise FormatError(f"a file of {len(table)} tensors needs a header of {len(text)} bytes; use smaller parts")
+    return (len(text) + pad).to_bytes(8, "little") + text + b" " * pad
+
+
+def length(first: bytes, file_size: int, where: str) -> int:
+    """Bytes of the header after the length field, from the file's first 8 bytes."""
+    if file_size < 8 or len(first) < 8:
+        raise FormatError(f"{where} is not a safetensors file: it has {file_size} bytes, fewer than the 8 of a length field")
+    n = int.from_bytes(first[:8], "little")
+    if n > MAX_HEADER:
+        raise FormatError(f"{where} is not a safetensors file: its header would be {n} bytes, more than {MAX_HEADER}")
+    if 8 + n > file_size:
+        raise FormatError(f"{where} is damaged: its header should be {n} bytes but the file has {file_size}; fetch it again")
+    return n
+
+
+def parse(text: bytes, file_size: int, where: str) -> Header:
+    """The header's entries, every length and offset checked against the file's size.
+
+    Raises ``FormatError`` that names the file, and the tensor where there is one.
+    """
+    try:
+        table = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
+    except _Duplicate as error:
+        raise FormatError(f"{where} is damaged: its header names {str(error)!r} twice") from None
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{where} is damaged: its header is not JSON ({str(error)[:80]})") from None
+    if not isinstance(table, dict):
+        raise FormatError(f"{where} is damaged: its header is not a table of tensors")
+    metadata = table.pop("__metadata__", None)
+    if metadata is None:
+        metadata = {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise FormatError(f"{where} is damaged: its __metadata__ is not a table of strings")
+    base = 8 + len(text)
+    entries = sorted((_entry(name, value, base, where) for name, value in table.items()), key=lambda e: (e.offset, e.nbytes))
+    end = base
+    for entry in entries:
+        if entry.offset != end:
+            kind = "overlaps the tensor before it" if entry.offset < end else "leaves a hole before it"
+            raise FormatError(f"{where} is damaged: tensor {entry.name!r} {kind}")
+        end += entry.nbytes
+    if end != file_size:
+        kind = "ends too early" if end > file_size else "has bytes that belong to no tensor"
+        raise FormatError(f"{where} is damaged: it {kind} ({file_size} bytes, its header says {end}); fetch it again")
+    return Header(tuple(entries), metadata, base)
+
+
+class _Duplicate(Exception):
+    pass
+
+
+def _no_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in table:
+            raise _Duplicate(key)
+        table[key] = value
+    return table
+
+
+def _entry(name: str, value: Any, base: int, where: str) -> Entry:
+    try:
+        kind, shape, (start, end) = value["dtype"], value["shape"], value["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        raise FormatError(f"{where} is damaged: tensor {name!r} lacks dtype, shape or data_offsets") from None
+    if kind not in DType.__members__:
+        raise FormatError(f"{where}: tensor {name!r} has the unknown dtype {kind!r}")
+    numbers = [*shape, start, end] if isinstance(shape, list) else [None]
+    if not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers) or len(shape) > 64:
+        raise FormatError(f"{where} is damaged: tensor {name!r} has a shape or offsets that are not sizes")
+    dtype = DType[kind]
+    bits = math.prod(shape) * dtype.bits
+    if bits % 8 or end - start != bits // 8:
+        raise FormatError(f"{where} is damaged: tensor {name!r} of shape {shape} and {kind} cannot have {end - start} bytes")
+    return Entry(name, dtype, tuple(shape), base + start, end - start)

@@ -1,0 +1,231 @@
+"""The vocabulary of layout tables: how one target is cut from its sources, for every rank.
+
+Each rule is a function from the sources' shapes to the ranks' shares, and back: ``unshard`` tells the sources' shapes from a rank's
+shape, so that shards without a manifest can be read too. Sources: vLLM 0.32 ``model_executor/layers/linear.py`` and
+``vocab_parallel_embedding.py``.
+
+========== ============================================================================= ==================
+rule       rank r of tp holds                                                              engine's name
+========== ============================================================================= ==================
+copy       the whole source                                                                replicated
+column     rows ``[r * N/tp, (r+1) * N/tp)``                                                 ColumnParallel
+merged     such rows of each source (or of each equal part of one source), stacked           MergedColumn
+row        columns ``[r * K/tp, (r+1) * K/tp)``                                              RowParallel
+qkv        its query heads; its key and value heads, which ranks share where tp > kv heads    QKVParallel
+vocab      rows ``[r * P/tp, (r+1) * P/tp)`` of the vocabulary padded with zeros to P          VocabParallel
+scalar     one float32 1.0 of no source                                                     Attention scales
+========== ============================================================================= ==================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from shardtool.errors import PlanError
+from shardtool.plan import Piece
+from shardtool.recipe import Share
+from shardtool.window import Window, row_major
+
+PAD = 64
+"""Rows to a multiple of which the vocabulary is padded (``DEFAULT_VOCAB_PADDING_SIZE``)."""
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Dims:
+    """The sizes that cutting needs, from config.json."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A source of a rule: its name (with the slot) and its shape."""
+
+    name: str
+    shape: Shape
+
+    def rows(self, start: int, count: int) -> Window:
+        """A window on some rows."""
+        return row_major(self.shape).narrow(0, start, count)
+
+
+Sources = Sequence[Source]
+
+
+def _fail(target: str, why: str) -> PlanError:
+    return PlanError(f"tensor {target!r}: {why}")
+
+
+def _divide(target: str, what: str, size: int, tp: int) -> int:
+    if size % tp:
+        raise _fail(target, f"{what} {size} cannot be divided by --tp {tp}; the engine refuses it too, use a tp that divides it")
+    return size // tp
+
+
+def _stacked(windows: Sequence[tuple[str, Window]], rest: Shape) -> tuple[Shape, tuple[Piece, ...]]:
+    """Windows of rows one below the other: the target's shape and pieces."""
+    rows = sum(w.shape[0] for _, w in windows)
+    shape = (rows, *rest)
+    pieces, at = [], 0
+    for name, window in windows:
+        n = window.shape[0]
+        if n:
+            pieces.append(Piece(row_major(shape).narrow(0, at, n), window, name))
+        at += n
+    return shape, tuple(pieces)
+
+
+def _same_width(target: str, sources: Sources) -> Shape:
+    rest = sources[0].shape[1:]
+    for source in sources:
+        if not source.shape or source.shape[1:] != rest:
+            raise _fail(target, f"its sources have the shapes {', '.join(str(list(s.shape)) for s in sources)}, which cannot be stacked")
+    return rest
+
+
+def copy(target: str, sources: Sources, _dims: Dims, tp: int) -> tuple[Share, ...]:
+    """The whole source on every rank."""
+    (source,) = sources
+    window = row_major(source.shape)
+    return (Share(tuple(range(tp)), source.shape, (Piece(window, window, source.name),)),)
+
+
+def scalar(_target: str, _sources: Sources, _dims: Dims, tp: int) -> tuple[Share, ...]:
+    """A constant 1.0 without dimensions."""
+    return (Share(tuple(range(tp)), (), (), 1.0),)
+
+
+def _merged(target: str, sources: Sources, tp: int, parts: int = 0) -> tuple[Share, ...]:
+    """Each rank its rows of every source, stacked. One source stands for ``parts`` equal ones, stacked already."""
+    rest = _same_width(target, sources)
+    blocks: list[tuple[Source, int, int]] = []
+    if len(sources) == 1 and parts > 1:
+        (source,) = sources
+        if source.shape[0] % parts:
+            raise _fail(target, f"{source.shape[0]} rows are not {parts} equal parts")
+        n = source.shape[0] // parts
+        blocks = [(source, i * n, n) for i in range(parts)]
+    else:
+        blocks = [(source, 0, source.shape[0]) for source in sources]
+    shares = []
+    for r in range(tp):
+        windows = []
+        for source, first, n in blocks:
+            mine = _divide(target, "its size", n, tp)
+            windows.append((source.name, source.rows(first + r * mine, mine)))
+        shares.append(Share((r,), *_stacked(windows, rest)))
+    return tuple(shares)
+
+
+def column(target: str, sources: Sources, _dims: Dims, tp: int) -> tuple[Share, ...]:
+    """Each rank its rows."""
+    return _merged(target, sources, tp)
+
+
+def gate_up(target: str, sources: Sources, _dims: Dims, tp: int) -> tuple[Share, ...]:
+    """Each rank its rows of gate and its rows of up, which the checkpoint may hold in one tensor already."""
+    return _merged(target, sources, tp, 2)
+
+
+def row(target: str, sources: Sources, _dims: Dims, tp: int) -> tuple[Share, ...]:
+    """Each rank its columns."""
+    (source,) = sources
+    if len(source.shape) != 2:
+        raise _fail(target, f"its source has the shape {list(source.shape)}, not rows and columns")
+    mine = _divide(target, "its input size", source.shape[1], tp)
+    shape = (source.shape[0], mine)
+    full = row_major(source.shape)
+    return tuple(Share((r,), shape, (Piece(row_major(shape), full.narrow(1, r * mine, mine), source.name),)) for r in range(tp))
+
+
+def qkv(target: str, sources: Sources, dims: Dims, tp: int) -> tuple[Share, ...]:
+    """Each rank its heads: query, key, value. Where there are fewer kv heads than ranks, neighbours hold the same one."""
+    rest = _same_width(target, sources)
+    q_rows, kv_rows = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
+    if len(sources) == 1:
+        blocks = [(sources[0], 0), (sources[0], q_rows), (sources[0], q_rows + kv_rows)]
+        rows, expected = [sources[0].shape[0]], [q_rows + 2 * kv_rows]
+    else:
+        blocks = [(source, 0) for source in sources]
+        rows, expected = [source.shape[0] for source in sources], [q_rows, kv_rows, kv_rows]
+    if rows != expected:
+        raise _fail(
+            target,
+            f"its sources have {rows} rows, but {dims.heads} heads and {dims.kv_heads} kv heads of {dims.head_dim} in config.json "
+            f"make {expected}",
+        )
+    heads = _divide(target, "the number of heads", dims.heads, tp)
+    if tp > dims.kv_heads:
+        if tp % dims.kv_heads:
+            raise _fail(target, f"--tp {tp} is not a multiple of its {dims.kv_heads} kv heads; the engine refuses it too")
+        kv, sharing = 1, tp // dims.kv_heads
+    else:
+        kv, sharing = _divide(target, "the number of kv heads", dims.kv_heads, tp), 1
+    shares = []
+    for r in range(tp):
+        counts = (heads * dims.head_dim, kv * dims.head_dim, kv * dims.head_dim)
+        turns = (r, r // sharing, r // sharing)
+        windows = [
+            (source.name, source.rows(first + turn * n, n))
+            for (source, first), n, turn in zip(blocks, counts, turns, strict=True)
+        ]
+        shares.append(Share((r,), *_stacked(windows, rest)))
+    return tuple(shares)
+
+
+def padded_vocab(vocab: int) -> int:
+    """The vocabulary's size with padding."""
+    return -(-vocab // PAD) * PAD
+
+
+def vocab(target: str, sources: Sources, dims: Dims, tp: int) -> tuple[Share, ...]:
+    """Each rank its rows of the padded vocabulary; padding is zeros, also at tp 1."""
+    (source,) = sources
+    if not source.shape or source.shape[0] != dims.vocab:
+        raise _fail(target, f"its source has the shape {list(source.shape)}, but config.json says vocab_size {dims.vocab}")
+    mine = _divide(target, "the padded vocabulary", padded_vocab(dims.vocab), tp)
+    shape = (mine, *source.shape[1:])
+    shares = []
+    for r in range(tp):
+        n = max(0, min(mine, dims.vocab - r * mine))
+        pieces = (Piece(row_major(shape).narrow(0, 0, n), source.rows(r * mine, n), source.name),) if n else ()
+        shares.append(Share((r,), shape, pieces, None if n == mine else 0.0))
+    return tuple(shares)
+
+
+Rule = Callable[[str, Sources, Dims, int], tuple[Share, ...]]
+RULES: dict[str, Rule] = {
+    "column": column,
+    "copy": copy,
+    "gate_up": gate_up,
+    "qkv": qkv,
+    "row": row,
+    "scalar": scalar,
+    "vocab": vocab,
+}
+
+
+def unshard(rule: str, shape: Shape, sources: int, dims: Dims, tp: int) -> tuple[Shape, ...]:
+    """The shapes of a rule's sources, from the shape that each rank holds at this tp."""
+    if rule == "copy":
+        return (shape,)
+    if rule == "scalar":
+        return ()
+    rest = shape[1:]
+    if rule == "vocab":
+        return ((dims.vocab, *rest),)
+    if rule == "row":
+        return ((shape[0], shape[1] * tp),)
+    if rule == "qkv":
+        q, kv = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
+        return ((q, *rest), (kv, *rest), (kv, *rest)) if sources == 3 else ((q + 2 * kv, *rest),)
+    if rule == "gate_up" and sources == 2:
+        return ((shape[0] * tp // 2, *rest),) * 2
+    return ((shape[0] * tp, *rest),)
+

@@ -1,0 +1,252 @@
+"""The manifest ``shardtool.json``: what a sharded checkpoint is made of, complete enough to read it for ever.
+
+It keeps the recipe that was executed, the inventory of the source, the original config.json, the layout's table and every digest. It is written
+last, so that it is the mark of a complete checkpoint. ``docs/manifest.md`` specifies it; ``docs/manifest.schema.json`` is its JSON schema.
+
+The *plan part* (everything but the files' digests) is known before a byte is moved. Its blake3 is the fingerprint of the job: workers
+with the same fingerprint help each other.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from shardtool import digest, recipe
+from shardtool.dtypes import DType
+from shardtool.errors import FormatError
+from shardtool.mosaic import Logical
+from shardtool.recipe import SLOT, Recipe
+
+KEY = "shardtool.json"
+PRIVATE = ".shardtool/"
+KEPT = ".shardtool/kept.safetensors"
+FORMAT = "shardtool/1"
+MAX_BYTES = 1 << 30
+"""Bytes of manifest that are read at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRecord:
+    """A stored tensor's digests."""
+
+    name: str
+    digest: digest.TensorDigest
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """A finished file: its size, the blake3 of its header, its digest and those of its tensors, in the order of their bytes."""
+
+    key: str
+    rank: int | None
+    part: int
+    size: int
+    header: str
+    digest: str
+    tensors: tuple[TensorRecord, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As the manifest keeps it."""
+        return {
+            "key": self.key,
+            "rank": self.rank,
+            "part": self.part,
+            "size": self.size,
+            "header": self.header,
+            "digest": self.digest,
+            "tensors": [{"name": t.name, "blake3": t.digest.blake3, "chunks": list(t.digest.chunks)} for t in self.tensors],
+        }
+
+    @staticmethod
+    def from_json(value: Any) -> FileRecord:
+        """The record that JSON values say. Raises the built-in errors of wrong shapes."""
+        tensors = tuple(
+            TensorRecord(_text(t["name"]), digest.TensorDigest(_hex(t["blake3"], 64), tuple(_hex(c, 32) for c in t["chunks"])))
+            for t in value["tensors"]
+        )
+        rank = value["rank"] if value["rank"] is None else _size(value["rank"])
+        return FileRecord(
+            _key(value["key"]), rank, _size(value["part"]), _size(value["size"]), _hex(value["header"], 64), _hex(value["digest"], 64), tensors
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SideFile:
+    """A file that came along: config, tokenizer, remote code."""
+
+    key: str
+    size: int
+    blake3: str
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A source tensor that no rank holds, why, and whether it is kept in ``.shardtool/kept.safetensors``."""
+
+    name: str
+    reason: str
+    kept: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A sharded checkpoint. Without ``files`` it is the plan of one."""
+
+    written_by: str
+    layout: Mapping[str, Any]
+    tp: int
+    pp: int
+    dtype: DType
+    pattern: str
+    max_part_size: int
+    config: str
+    amendments: Mapping[str, Any]
+    sample: str
+    inventory: Mapping[str, Logical]
+    dropped: tuple[Dropped, ...]
+    copies: Mapping[str, str]
+    recipe: Recipe
+    side_files: tuple[SideFile, ...]
+    files: tuple[FileRecord, ...] = ()
+
+    def _plan(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "written_by": self.written_by,
+            "layout": dict(self.layout),
+            "parallel": {"tp": self.tp, "pp": self.pp},
+            "dtype": self.dtype.name,
+            "pattern": self.pattern,
+            "max_part_size": self.max_part_size,
+            "chunk": digest.CHUNK,
+            "config": self.config,
+            "amendments": dict(self.amendments),
+            "source": {
+                "sample": self.sample,
+                "tensors": _pack(self.inventory),
+                "dropped": [{"name": d.name, "reason": d.reason, "kept": d.kept} for d in self.dropped],
+                "copies": dict(sorted(self.copies.items())),
+            },
+            "recipe": recipe.to_json(self.recipe),
+            "side_files": [{"key": s.key, "size": s.size, "blake3": s.blake3} for s in self.side_files],
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """The name of the job that makes this checkpoint."""
+        return digest.of_bytes(_canonical(self._plan()))[:32]
+
+    def with_files(self, files: Iterable[FileRecord]) -> Manifest:
+        """The finished manifest."""
+        return replace(self, files=tuple(sorted(files, key=lambda f: f.key)))
+
+    def encode(self) -> bytes:
+        """The bytes of ``shardtool.json``: one line per top-level key, its own digest among them."""
+        table = {**self._plan(), "files": [f.to_json() for f in self.files]}
+        table["digest"] = digest.of_bytes(_canonical(table))
+        lines = (f"{json.dumps(key)}: {_canonical(value).decode()}" for key, value in table.items())
+        return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+
+
+def decode(data: bytes, where: str) -> Manifest:
+    """The manifest that these bytes say. Raises ``FormatError`` if it is damaged or from a later version."""
+    try:
+        table = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{where} is damaged: it is not JSON ({str(error)[:80]})") from None
+    if not isinstance(table, dict) or not isinstance(table.get("format"), str) or not table["format"].startswith("shardtool/"):
+        raise FormatError(f"{where} is not a manifest of shardtool")
+    if table["format"] != FORMAT:
+        raise FormatError(f"{where} has the format {table['format']!r}; this version of shardtool reads {FORMAT!r}, use a newer one")
+    said = table.pop("digest", None)
+    if said != digest.of_bytes(_canonical(table)):
+        raise FormatError(f"{where} is damaged: its digest does not match its content")
+    try:
+        return _from_json(table, where)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FormatError(f"{where} is damaged: {error!r}") from None
+
+
+def _from_json(table: Mapping[str, Any], where: str) -> Manifest:
+    source = table["source"]
+    if table["chunk"] != digest.CHUNK:
+        raise ValueError(f"chunks of {table['chunk']} bytes are not supported")
+    return Manifest(
+        written_by=_text(table["written_by"]),
+        layout=table["layout"],
+        tp=_size(table["parallel"]["tp"]),
+        pp=_size(table["parallel"]["pp"]),
+        dtype=DType[table["dtype"]],
+        pattern=_text(table["pattern"]),
+        max_part_size=_size(table["max_part_size"]),
+        config=_text(table["config"]),
+        amendments=table["amendments"],
+        sample=_text(source["sample"]),
+        inventory=_unpack(source["tensors"]),
+        dropped=tuple(Dropped(_text(d["name"]), _text(d["reason"]), bool(d["kept"])) for d in source["dropped"]),
+        copies=dict(source["copies"]),
+        recipe=recipe.from_json(table["recipe"], where),
+        side_files=tuple(SideFile(_key(s["key"]), _size(s["size"]), _hex(s["blake3"], 64)) for s in table["side_files"]),
+        files=tuple(FileRecord.from_json(f) for f in table["files"]),
+    )
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":"), sort_keys=True, ensure_ascii=False).encode()
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not a text")
+    return value
+
+
+def _size(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError(f"{value!r} is not a size")
+    return value
+
+
+def _hex(value: Any, digits: int) -> str:
+    if not isinstance(value, str) or not re.fullmatch(rf"[0-9a-f]{{{digits}}}", value):
+        raise ValueError(f"{value!r} is not a digest of {digits} digits")
+    return value
+
+
+def _key(value: Any) -> str:
+    if not isinstance(value, str) or "\\" in value or "\0" in value or any(p in ("", ".", "..") for p in value.split("/")):
+        raise ValueError(f"{value!r} is not a name inside the checkpoint")
+    return value
+
+
+_NUMBER = re.compile(r"(?<=\.)(?:0|[1-9]\d*)(?=\.)")
+
+
+def _pack(inventory: Mapping[str, Logical]) -> list[dict[str, Any]]:
+    """The inventory with the layers' numbers folded into runs."""
+    groups: dict[tuple[str, str, tuple[int, ...]], list[int]] = {}
+    for name, tensor in inventory.items():
+        number = None if SLOT in name else _NUMBER.search(name)
+        if number:
+            template = name[: number.start()] + SLOT + name[number.end() :]
+            groups.setdefault((template, tensor.dtype.name, tensor.shape), []).append(int(number[0]))
+        else:
+            groups[name, tensor.dtype.name, tensor.shape] = []
+    return [
+        {"name": name, **({"i": recipe.runs(sorted(index))} if index else {}), "dtype": dtype, "shape": list(shape)}
+        for (name, dtype, shape), index in sorted(groups.items())
+    ]
+
+
+def _unpack(value: Any) -> dict[str, Logical]:
+    found: dict[str, Logical] = {}
+    for entry in value:
+        tensor = Logical(DType[entry["dtype"]], tuple(_size(n) for n in entry["shape"]))
+        numbers = recipe.from_runs(entry["i"]) if "i" in entry else (None,)
+        for i in numbers:
+            found[recipe.filled(_text(entry["name"]), i)] = tensor
+    return dict(sorted(found.items()))

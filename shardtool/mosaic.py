@@ -1,0 +1,112 @@
+"""Pure functions on mosaics: replace names by bytes, read a layout backwards, check that nothing is missing.
+
+``resolve(tensor, catalog)``
+    every piece that cites a logical tensor becomes pieces that cite the stored bytes which that tensor is made of.
+``invert(tensors)``
+    the stored targets of a layout, read as the catalogue of its sources: what filled a target can be found there.
+
+Law: for any chain of narrow, step, transpose, reshape, stack and cat, ``resolve`` over ``invert`` is the identity on the
+bytes, or ``UnsupportedTransform`` is raised.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from shardtool.dtypes import DType
+from shardtool.errors import PlanError
+from shardtool.plan import Catalog, Piece, Stored, Tensor, whole
+from shardtool.window import Window, join, row_major, simplify, union
+
+
+def resolve(tensor: Tensor, catalog: Catalog) -> tuple[Piece, ...]:
+    """The tensor's pieces, each citing stored bytes. Replicas in the catalogue are read once: the first that fits."""
+    found: list[Piece] = []
+    for piece in tensor.pieces():
+        if isinstance(piece.source, Stored):
+            found.append(piece)
+            continue
+        source = catalog.get(piece.source)
+        if source is None:
+            raise PlanError(f"tensor {tensor.name!r} is made of {piece.source!r}, which the source does not have")
+        if source.stored is not None:
+            found.append(Piece(piece.dst, piece.src, source.stored))
+            continue
+        seen: set[Window] = set()
+        for part in source.pieces():
+            assert isinstance(part.source, Stored)
+            for dst, src in join(piece.src, piece.dst, part.dst, part.src):
+                if dst not in seen:
+                    seen.add(dst)
+                    found.append(Piece(dst, src, part.source))
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class Logical:
+    """A tensor of the source as it was: its dtype and shape."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+
+
+def invert(targets: Iterable[tuple[Tensor, Stored]], inventory: Mapping[str, Logical]) -> dict[str, Tensor]:
+    """The source tensors that a layout's stored targets hold, as mosaics over the targets' bytes.
+
+    ``targets``: each target of the layout, with pieces that cite names, beside where its bytes lie. Their pieces are made
+    once to see whom they cite and again when a tensor is asked for.
+    """
+    holders: dict[str, list[tuple[Tensor, Stored]]] = {}
+    for tensor, stored in targets:
+        for name in dict.fromkeys(str(piece.source) for piece in tensor.pieces()):
+            holders.setdefault(name, []).append((tensor, stored))
+    return {name: _held(name, inventory[name], held) for name, held in holders.items() if name in inventory}
+
+
+def _held(name: str, logical: Logical, held: list[tuple[Tensor, Stored]]) -> Tensor:
+    def pieces() -> tuple[Piece, ...]:
+        return tuple(
+            Piece(dst, src, stored)
+            for tensor, stored in held
+            for piece in tensor.pieces()
+            if piece.source == name
+            for dst, src in [_first_of_each(piece.src, piece.dst)]
+        )
+
+    if len(held) == 1:
+        (tensor, stored) = held[0]
+        window = row_major(logical.shape)
+        if stored.shape == logical.shape and tensor.pieces() == (Piece(window, window, name),):
+            return Tensor(name, stored.dtype, stored.shape, whole(name, stored).pieces, stored=stored)
+    return Tensor(name, held[0][1].dtype, logical.shape, pieces)
+
+
+def _first_of_each(key: Window, partner: Window) -> tuple[Window, Window]:
+    """A pair without the dimensions along which ``key`` stands still: broadcast elements are taken once."""
+    still = [i for i, (n, s) in enumerate(zip(key.shape, key.strides, strict=True)) if s == 0 and n > 1]
+    for i in still:
+        key, partner = key.narrow(i, 0, 1), partner.narrow(i, 0, 1)
+    return simplify(key, partner)
+
+
+def check_target(tensor: Tensor, pieces: Iterable[Piece]) -> None:
+    """Refuse a target with elements that no piece fills and that are not declared padding, or that two pieces fill."""
+    filled, twice = union_of(piece.dst for piece in pieces)
+    if twice:
+        raise PlanError(f"tensor {tensor.name!r}: {twice} of its elements would be written twice")
+    if filled != tensor.size and tensor.fill is None:
+        raise PlanError(f"tensor {tensor.name!r}: {tensor.size - filled} of its {tensor.size} elements come from nowhere")
+
+
+def held_once(name: str, logical: Logical, windows: Iterable[Window]) -> str | None:
+    """None when every element of a source tensor is held, else one sentence that says how many are not."""
+    held, _ = union_of(windows)
+    size = math.prod(logical.shape)
+    return None if held >= size else f"{size - held} of the {size} elements of {name!r} are in no shard"
+
+
+def union_of(windows: Iterable[Window]) -> tuple[int, int]:
+    """How many elements the windows hold together, and how many in more than one window; equal windows are replicas."""
+    return union(list(windows))

@@ -1,0 +1,248 @@
+"""``save``: a Hugging Face checkpoint becomes per-rank files, as an engine's own ranks would hold them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+from shardtool import __version__, header, manifest, pattern
+from shardtool.dtypes import DType, lossless
+from shardtool.errors import FormatError, NotFound, UsageError
+from shardtool.layouts.base import Model, Outline, Parallel
+from shardtool.manifest import Dropped, FileRecord, Manifest
+from shardtool.ops import source as sources
+from shardtool.ops.source import Source
+from shardtool.ops.write import Job, Summary, run, split_parts, summary
+from shardtool.plan import File, Piece, Tensor
+from shardtool.stores import open_store
+from shardtool.stores.base import Store
+from shardtool.units import parse_size, show_size
+from shardtool.window import row_major
+
+PART_SIZE = 5 << 30
+KEPT_MOST = 64 << 20
+"""Bytes of dropped source tensors that are kept beside the shards, so that ``merge`` gives them back."""
+_COMPARED = 1 << 20
+
+
+def save(
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    tp: int,
+    pattern: str = pattern.DEFAULT,
+    max_part_size: int | str = PART_SIZE,
+    dtype: str = "auto",
+    keep_dropped: bool = False,
+    ranks: Sequence[int] | None = None,
+    memory_limit: int | str | None = None,
+    concurrency: int | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Summary:
+    """Write what every rank of ``tp`` would hold of a Hugging Face checkpoint, with a manifest.
+
+    ``model``, ``output``: folders or URIs. ``max_part_size``, ``memory_limit``: bytes or a text such as ``5GiB``; a limit of -1 is none, 0
+    the least that does. ``ranks``: only these, so that several machines share a job; whoever finishes last commits. ``progress`` is told
+    (bytes done, bytes in all). Returns what was done; with ``dry_run``, what would be.
+    """
+    source = sources.open_source(os.fspath(model))
+    sources.refuse_sharded(source)
+    return convert(
+        source,
+        os.fspath(output),
+        tp=tp,
+        text=pattern,
+        max_part_size=parse_size(max_part_size, "--max-part-size"),
+        dtype=dtype,
+        keep_dropped=keep_dropped,
+        ranks=ranks,
+        memory_limit=None if memory_limit is None else parse_size(memory_limit, "--memory-limit"),
+        concurrency=concurrency,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        progress=progress,
+    )
+
+
+def convert(
+    source: Source,
+    output: str,
+    *,
+    tp: int,
+    text: str,
+    max_part_size: int,
+    dtype: str,
+    keep_dropped: bool,
+    ranks: Sequence[int] | None,
+    memory_limit: int | None,
+    concurrency: int | None,
+    overwrite: bool,
+    dry_run: bool,
+    progress: Callable[[int, int], None] | None,
+) -> Summary:
+    """Shard a source, whole or sharded already."""
+    parallel = Parallel(tp)
+    for rank in ranks or ():
+        if rank not in parallel.ranks:
+            raise UsageError(f"--ranks names rank {rank}, but --tp {tp} has ranks 0 to {tp - 1}")
+    with open_store(output) as to:
+        job = plan(source, to, parallel=parallel, text=text, max_part_size=max_part_size, dtype=dtype, keep_dropped=keep_dropped)
+        if dry_run:
+            return summary(job, to, memory_limit=memory_limit, ranks=ranks)
+        return run(
+            job,
+            to,
+            memory_limit=memory_limit,
+            concurrency=concurrency,
+            ranks=ranks,
+            overwrite=overwrite,
+            progress=progress,
+        )
+
+
+def plan(
+    source: Source, to: Store, *, parallel: Parallel, text: str, max_part_size: int, dtype: str, keep_dropped: bool
+) -> Job:
+    """The job that writes a source's ranks. Reads the source's headers and a few samples; writes nothing."""
+    named = pattern.parse(text, tp=parallel.tp, pp=parallel.pp)
+    layout = sources.layout_of(source)
+    held = sources.target_dtype(source, dtype, layout)
+    equal = sources.equal_in(source, memoryview(bytearray(2 * _COMPARED)))
+    outline = layout.outline(Model(source.config, source.inventory, held, equal), parallel)
+    amendments = {**outline.amendments, **_dtype_amendment(source, held)}
+    config = sources.amended(source.config_text, amendments)
+    dropped = _dropped(source, outline, keep_dropped)
+    side = sources.side_records(source, config)
+    made = Manifest(
+        written_by=f"shardtool {__version__}",
+        layout=layout.record(),
+        tp=parallel.tp,
+        pp=parallel.pp,
+        dtype=held,
+        pattern=text,
+        max_part_size=max_part_size,
+        config=source.config_text,
+        amendments=amendments,
+        sample=sources.sample_of(source),
+        inventory=source.inventory,
+        dropped=dropped,
+        copies=outline.copies,
+        recipe=outline.recipe,
+        side_files=side,
+    )
+    files = _files(made, parallel, named, max_part_size)
+    parts = max(part for part, _ in files) + 1
+    places = [parallel.place(rank) for rank in parallel.ranks]
+    pattern.check_names(named, places, parts, [s.key for s in side], whole_key=to.uri.startswith("s3://"))
+    if kept := _kept_file(made, source):
+        files.append((0, kept))
+    names = named.regex()
+
+    def commit(store: Store, records: Sequence[FileRecord]) -> None:
+        sources.write_side_files(source, config, store)
+        store.put(manifest.KEY, made.with_files(records).encode(), exclusive=True)
+
+    def committed(store: Store) -> bool:
+        try:
+            found = manifest.decode(store.get(manifest.KEY, limit=manifest.MAX_BYTES), store.locate(manifest.KEY))
+        except (NotFound, FormatError):
+            return False
+        return found.fingerprint == made.fingerprint
+
+    return Job(
+        what=f"tp {parallel.tp} shards of {source.uri}",
+        fingerprint=made.fingerprint,
+        files=tuple(files),
+        catalog=source.catalog,
+        source=source.store,
+        commit=commit,
+        committed=committed,
+        stale=lambda key: bool(names.fullmatch(key)) or key.endswith(".safetensors.index.json"),
+        notes=tuple(_notes(source, made)),
+        details={
+            "architecture": layout.family.architectures[0],
+            "tp": parallel.tp,
+            "dtype": held.name,
+            "engine": f"{made.layout['engine']} {made.layout['engine_version']}",
+        },
+    )
+
+
+def _dtype_amendment(source: Source, held: DType) -> dict[str, str]:
+    """What config.json must say so that the engine chooses the dtype of the shards."""
+    keys = [key for key in ("dtype", "torch_dtype") if key in source.config] or ["dtype"]
+    wanted = held.torch_name or ""
+    return {key: wanted for key in keys if source.config.get(key) != wanted}
+
+
+def _dropped(source: Source, outline: Outline, keep_all: bool) -> tuple[Dropped, ...]:
+    """The dropped source tensors; the smallest are kept while they fit."""
+    found, room = [], KEPT_MOST
+    before = {d.name: d.kept for d in source.origin.dropped} if source.origin is not None else None
+    for name, reason in sorted(outline.dropped.items()):
+        tensor = source.catalog.get(name)
+        if before is not None:
+            kept = before.get(name, False)
+        else:
+            kept = tensor is not None and (keep_all or tensor.nbytes <= room)
+        if kept and tensor is not None:
+            room -= tensor.nbytes
+        found.append(Dropped(name, reason, kept))
+    return tuple(found)
+
+
+def _kept_file(made: Manifest, source: Source) -> File | None:
+    """The file of kept source tensors, if there are any."""
+    tensors = []
+    for dropped in made.dropped:
+        if dropped.kept:
+            logical = made.inventory[dropped.name]
+            tensors.append(Tensor(dropped.name, logical.dtype, logical.shape, _itself(dropped.name, logical.shape)))
+    if not tensors:
+        return None
+    tensors.sort(key=lambda t: header.sort_key(t.name, t.dtype))
+    return File(manifest.KEPT, None, tuple(tensors))
+
+
+def _itself(name: str, shape: tuple[int, ...]) -> Callable[[], tuple[Piece, ...]]:
+    window = row_major(shape)
+    return lambda: (Piece(window, window, name),)
+
+
+def _files(made: Manifest, parallel: Parallel, named: pattern.Pattern, most: int) -> list[tuple[int, File]]:
+    """Every rank's files. A tensor is in the same part on all ranks, so that they are written side by side."""
+    held = {rank: list(made.recipe.tensors(rank)) for rank in parallel.ranks}
+    sizes: dict[str, int] = {}
+    for tensors in held.values():
+        for tensor in tensors:
+            sizes[tensor.name] = max(sizes.get(tensor.name, 0), tensor.nbytes)
+    part_of = split_parts(sizes, most)
+    files = []
+    for rank, tensors in held.items():
+        tp_rank, pp_rank = parallel.place(rank)
+        parts: dict[int, list[Tensor]] = {}
+        for tensor in tensors:
+            parts.setdefault(part_of[tensor.name], []).append(tensor)
+        for part, chosen in sorted(parts.items()):
+            chosen.sort(key=lambda t: header.sort_key(t.name, t.dtype))
+            files.append((part, File(named.key(tp_rank, part, pp_rank), rank, tuple(chosen))))
+    return files
+
+
+def _notes(source: Source, made: Manifest) -> list[str]:
+    """What people should know before and after."""
+    notes = [f"{o.key} ({show_size(o.size)}) stays behind: side files come along up to {show_size(sources.MAX_SIDE)}" for o in source.skipped]
+    notes += [
+        f"{d.name} is dropped: {d.reason}" + (" (kept for merge)" if d.kept else " (not kept: merge cannot give it back)")
+        for d in made.dropped
+    ]
+    notes += [f"{copy} equals {of} and is stored once" for copy, of in made.copies.items()]
+    notes += [f"config.json is written with {key}: {value!r}" for key, value in made.amendments.items()]
+    unused = {d.name for d in made.dropped}
+    narrowed = [n for n, t in made.inventory.items() if n not in unused and not lossless(t.dtype, made.dtype)]
+    if narrowed:
+        notes.append(f"{len(narrowed)} tensors lose precision as {made.dtype.name}, first {narrowed[0]}")
+    return notes
+

@@ -1,0 +1,257 @@
+"""What a conversion starts from: a model's logical tensors, wherever their bytes lie.
+
+``huggingface``  a checkpoint of whole tensors
+``sharded``      rank files with a manifest, whose recipe is read backwards
+``shards``       rank files without one: config.json and the built-in tables tell what they were made of
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shardtool import __version__, digest
+from shardtool.checkpoint import CONFIG, Checkpoint, logical, open_checkpoint, parse_config, with_headers
+from shardtool.dtypes import DType, from_name
+from shardtool.errors import Incomplete, PlanError, UnsupportedModel, UsageError
+from shardtool.layouts import vllm
+from shardtool.layouts.base import Model, Parallel
+from shardtool.manifest import Manifest, SideFile
+from shardtool.mosaic import Logical
+from shardtool.plan import Catalog, Stored
+from shardtool.stores.base import Object, Store
+
+MAX_SIDE = 64 << 20
+"""Bytes of a side file that comes along at most."""
+SAMPLED = 64
+SAMPLE = 4096
+_WEIGHTS = re.compile(
+    r"\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|onnx|onnx_data|h5|msgpack|ot|tflite|npz|npy|tensors|mlmodel|pdparams|index\.json)$"
+)
+_HIDDEN = re.compile(r"(^|/)\.|(^|/)original/|(^|/)__pycache__/|^shardtool\.json$")
+COPIED = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model to convert. ``origin`` is the manifest that it was read with, if it was sharded."""
+
+    uri: str
+    store: Store
+    config_text: str
+    config: Mapping[str, Any]
+    inventory: Mapping[str, Logical]
+    catalog: Catalog
+    side: tuple[Object, ...]
+    skipped: tuple[Object, ...]  # side files that are too large
+    stored: tuple[Stored, ...]
+    origin: Manifest | None = None
+
+
+def open_source(uri: str, *, shard_pattern: str | None = None) -> Source:
+    """Open a model of any kind as its logical tensors. Reads headers only."""
+    checkpoint = open_checkpoint(uri, shard_pattern=shard_pattern)
+    if checkpoint.kind == "huggingface":
+        return _whole(checkpoint)
+    if checkpoint.manifest is not None:
+        checkpoint = with_headers(checkpoint)
+        return sharded(checkpoint, checkpoint.manifest)
+    return sharded(checkpoint, infer(checkpoint))
+
+
+def _whole(checkpoint: Checkpoint) -> Source:
+    text = checkpoint.config_text()
+    catalog = checkpoint.catalog()
+    inventory = {name: Logical(entry.dtype, entry.shape) for name, (_, entry) in sorted(checkpoint.entries().items())}
+    side, skipped = _side_files(checkpoint.objects.values())
+    return Source(
+        uri=checkpoint.uri,
+        store=checkpoint.store,
+        config_text=text,
+        config=parse_config(text, checkpoint.store.locate(CONFIG)),
+        inventory=inventory,
+        catalog=catalog,
+        side=side,
+        skipped=skipped,
+        stored=tuple(tensor.stored for _, tensor in sorted(catalog.items()) if tensor.stored),
+    )
+
+
+def sharded(checkpoint: Checkpoint, made: Manifest) -> Source:
+    """The logical tensors of rank files."""
+    if made.side_files:
+        side, skipped = tuple(Object(s.key, s.size) for s in made.side_files if s.key != CONFIG), ()
+    else:
+        side, skipped = _side_files(checkpoint.objects.values())
+    return Source(
+        uri=checkpoint.uri,
+        store=checkpoint.store,
+        config_text=made.config,
+        config=parse_config(made.config, f"{checkpoint.uri}: the config in the manifest"),
+        inventory=made.inventory,
+        catalog=logical(checkpoint, made),
+        side=side,
+        skipped=skipped,
+        stored=tuple(stored for rank in checkpoint.ranks for _, stored in sorted(checkpoint.held(rank).items())),
+        origin=made,
+    )
+
+
+def _side_files(objects: Any) -> tuple[tuple[Object, ...], tuple[Object, ...]]:
+    """The files that come along, config.json aside, and those that are too large to."""
+    plain = [o for o in objects if not _WEIGHTS.search(o.key) and not _HIDDEN.search(o.key) and o.key != CONFIG]
+    return tuple(o for o in plain if o.size <= MAX_SIDE), tuple(o for o in plain if o.size > MAX_SIDE)
+
+
+def infer(checkpoint: Checkpoint) -> Manifest:
+    """The manifest that rank files without one would have, from config.json and the built-in tables."""
+    ranks = checkpoint.ranks
+    if ranks != tuple(range(len(ranks))):
+        missing = min(set(range(max(ranks))) - set(ranks))
+        raise Incomplete(f"{checkpoint.uri} has no file of rank {missing}, but one of rank {max(ranks)}")
+    text = checkpoint.config_text()
+    config = parse_config(text, checkpoint.store.locate(CONFIG))
+    layout = vllm.for_config(config)
+    held = {name: Logical(entry.dtype, entry.shape) for name, (_, entry) in checkpoint.entries(0).items()}
+    kinds = {tensor.dtype for tensor in held.values() if tensor.shape}
+    if len(kinds) != 1:
+        raise UnsupportedModel(f"{checkpoint.uri} holds tensors of {', '.join(sorted(k.name for k in kinds))}; expected one dtype")
+    (dtype,) = kinds
+    inventory = dict(sorted(layout.infer(config, held, len(ranks)).items()))
+    outline = layout.outline(Model(config, inventory, dtype), Parallel(len(ranks)))
+    return Manifest(
+        written_by=f"shardtool {__version__}",
+        layout=layout.record(),
+        tp=len(ranks),
+        pp=1,
+        dtype=dtype,
+        pattern="",
+        max_part_size=0,
+        config=text,
+        amendments={},
+        sample="",
+        inventory=inventory,
+        dropped=(),
+        copies={},
+        recipe=outline.recipe,
+        side_files=(),
+    )
+
+
+def layout_of(source: Source) -> vllm.VllmLayout:
+    """The table that cuts this model: the one that its manifest kept, else the built-in one."""
+    if source.origin is not None:
+        return vllm.from_manifest(source.origin.layout, source.uri)
+    if any(o.key == "hf_quant_config.json" for o in source.side):
+        raise UnsupportedModel(f"{source.uri} has a hf_quant_config.json: quantized checkpoints are not supported yet")
+    return vllm.for_config(source.config)
+
+
+def target_dtype(source: Source, wanted: str, layout: vllm.VllmLayout) -> DType:
+    """The dtype of the shards: ``auto`` is what config.json says, where that is what the engine will use."""
+    if wanted != "auto":
+        dtype = from_name(wanted)
+        if dtype.name not in layout.family.dtypes:
+            raise UsageError(f"--dtype {wanted}: {layout.family.name} can be {', '.join(layout.family.dtypes)}")
+        return dtype
+    if source.origin is not None:
+        return source.origin.dtype
+    said = source.config.get("dtype") or source.config.get("torch_dtype")
+    if said is None or not isinstance(said, str) or from_name(said) is DType.F32:
+        what = "says float32" if said else "does not say a dtype"
+        raise UsageError(f"config.json {what}, for which an engine's choice depends on its GPU: say --dtype bfloat16 or --dtype float16")
+    dtype = from_name(said)
+    if dtype not in (DType.BF16, DType.F16):
+        raise UsageError(f"config.json says dtype {said}, in which engines do not run: say --dtype bfloat16 or --dtype float16")
+    return layout.dtype(dtype)
+
+
+def amended(text: str, amendments: Mapping[str, Any]) -> bytes:
+    """config.json with some keys changed; the very text where there are none."""
+    if not amendments:
+        return text.encode()
+    return (json.dumps({**json.loads(text), **amendments}, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def sample_of(source: Source) -> str:
+    """A digest that tells two models of one shape apart: the ends of up to 64 tensors. Carried along by resharding."""
+    if source.origin is not None and source.origin.sample:
+        return source.origin.sample
+    total = []
+    step = max(1, len(source.stored) // SAMPLED)
+    for stored in source.stored[::step]:
+        n = min(SAMPLE, stored.nbytes)
+        for at in {0, stored.nbytes - n}:
+            data = bytearray(n)
+            source.store.readinto(stored.key, stored.offset + at, memoryview(data))
+            total.append(digest.of_bytes(bytes(data)))
+    return digest.of_bytes("".join(sorted(total)).encode())
+
+
+def equal_in(source: Source, block: memoryview) -> Callable[[str, str], bool]:
+    """Compares two tensors of a source, block by block."""
+
+    def equal(a: str, b: str) -> bool:
+        if source.origin is not None:
+            return source.origin.copies.get(a) == b
+        x, y = source.catalog[a].stored, source.catalog[b].stored
+        assert x is not None
+        assert y is not None
+        if (x.dtype, x.shape) != (y.dtype, y.shape):
+            return False
+        half = len(block) // 2
+        left, right = block[:half], block[half : 2 * half]
+        for at in range(0, x.nbytes, half):
+            n = min(half, x.nbytes - at)
+            source.store.readinto(x.key, x.offset + at, left[:n])
+            source.store.readinto(y.key, y.offset + at, right[:n])
+            if digest.of_chunk(left[:n]) != digest.of_chunk(right[:n]):
+                return False
+        return True
+
+    return equal
+
+
+def side_records(source: Source, config: bytes) -> tuple[SideFile, ...]:
+    """What the manifest says of the side files, digests included; the config is given as it will be written."""
+    if source.origin is not None and source.origin.side_files:
+        rest = [s for s in source.origin.side_files if s.key != CONFIG]
+    else:
+        rest = [SideFile(o.key, o.size, _digest_of(source.store, o)) for o in source.side]
+    return tuple(sorted([*rest, SideFile(CONFIG, len(config), digest.of_bytes(config))], key=lambda s: s.key))
+
+
+def _digest_of(store: Store, found: Object) -> str:
+    running = digest.Running()
+    block = memoryview(bytearray(min(COPIED, max(1, found.size))))
+    for at in range(0, found.size, len(block)):
+        view = block[: min(len(block), found.size - at)]
+        store.readinto(found.key, at, view)
+        running.update(view)
+    return running.hexdigest()
+
+
+def write_side_files(source: Source, config: bytes, to: Store) -> None:
+    """Copy the side files and write the config. Those that are there already are replaced."""
+    to.put(CONFIG, config)
+    for found in source.side:
+        writer = to.create(found.key, found.size)
+        try:
+            block = memoryview(bytearray(max(1, min(found.size, max(COPIED, writer.unit)))))
+            for at in range(0, found.size, len(block)):
+                view = block[: min(len(block), found.size - at)]
+                source.store.readinto(found.key, at, view)
+                writer.write(at, view)
+            writer.commit()
+        finally:
+            writer.abort()
+
+
+def refuse_sharded(source: Source) -> None:
+    """``save`` starts from whole tensors."""
+    if source.origin is not None:
+        raise PlanError(f"{source.uri} is sharded already (tp {source.origin.tp}); use shardtool reshard")
+

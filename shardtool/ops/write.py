@@ -1,0 +1,339 @@
+"""Writing a checkpoint: what ``save``, ``reshard`` and ``merge`` have in common.
+
+::
+
+    Job         the files of a checkpoint, where their elements come from, and how it is committed
+    ├── summary     what it will cost, before anything is written
+    └── run         write what is missing, leave a record of each file, commit when all records are there
+
+``.shardtool/<fingerprint>/`` in the output holds the records while the job lasts. Workers with the same fingerprint help each other, and a second run
+skips what is recorded. Whoever finds all records commits, then removes them. The commit is one small object, written last.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from shardtool import manifest, schedule
+from shardtool.budget import Arena, default_limit
+from shardtool.engine import Progress, execute
+from shardtool.errors import AlreadyExists, BudgetTooSmall, NotFound, PlanError, UsageError
+from shardtool.header import sort_key
+from shardtool.manifest import FileRecord
+from shardtool.mosaic import resolve
+from shardtool.plan import Catalog, File
+from shardtool.schedule import Step, Target
+from shardtool.sinks.file import FileSink, Slots
+from shardtool.stores.base import Store
+from shardtool.units import show_size
+
+STEP = 64 << 20
+"""Bytes of a step's block that are enough."""
+READ = 8 << 20
+"""Bytes of one read at most."""
+UNLIMITED = 1 << 30
+"""Bytes that a run without a limit takes; more does not make it faster."""
+DEPTH = 3
+"""Steps that should be under way at once."""
+MAX_RECORD = 256 << 20
+CONCURRENCY = 8
+JOB = "job.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checkpoint to write. ``files``: each with its part; those of one part are written together.
+
+    ``commit``: writes what makes the checkpoint complete, from all records; ``committed``: whether the output is this very checkpoint already.
+    """
+
+    what: str
+    fingerprint: str
+    files: tuple[tuple[int, File], ...]
+    catalog: Catalog
+    source: Store
+    commit: Callable[[Store, Sequence[FileRecord]], None]
+    committed: Callable[[Store], bool]
+    stale: Callable[[str], bool]  # whether --overwrite may remove a file of this name
+    notes: tuple[str, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def of_ranks(self, ranks: Sequence[int] | None) -> tuple[tuple[int, File], ...]:
+        """The files of some ranks. What belongs to no rank goes with rank 0."""
+        if ranks is None:
+            return self.files
+        return tuple((part, file) for part, file in self.files if (file.rank or 0) in ranks)
+
+    @property
+    def prefix(self) -> str:
+        """Where the records are while the job lasts."""
+        return f"{manifest.PRIVATE}{self.fingerprint}/"
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a job costs and what came of it. Sizes in bytes."""
+
+    what: str
+    files: tuple[tuple[str, int | None, int], ...]  # key, rank, size
+    bytes_to_write: int
+    bytes_to_read: int
+    least_memory: int
+    memory_limit: int
+    written: int = 0  # bytes of files that this run wrote
+    kept: int = 0  # bytes of files that an earlier run had written
+    complete: bool = False
+    notes: tuple[str, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+def split_parts(sizes: Mapping[str, int], most: int) -> dict[str, int]:
+    """The part of each tensor: in the natural order of names, a new part where the next would pass ``most`` bytes."""
+    if most < 1:
+        raise UsageError(f"--max-part-size {most} is not a size; write for example 5GiB")
+    found, part, filled = {}, 0, 0
+    for name in sorted(sizes, key=natural):
+        if filled and filled + sizes[name] > most:
+            part, filled = part + 1, 0
+        found[name] = part
+        filled += sizes[name]
+    return found
+
+
+def natural(name: str) -> tuple[tuple[int, int, str], ...]:
+    """A sort key in which numbers between dots count as numbers."""
+    return tuple((0, int(part), "") if part.isascii() and part.isdigit() else (1, 0, part) for part in name.split("."))
+
+
+def _waves(files: Iterable[tuple[int, File]]) -> Iterator[list[File]]:
+    """The files of each part."""
+    by_part: dict[int, list[File]] = {}
+    for part, file in files:
+        by_part.setdefault(part, []).append(file)
+    for part in sorted(by_part):
+        yield by_part[part]
+
+
+def _groups(files: Sequence[File], catalog: Catalog, sinks: Mapping[str, FileSink]) -> Iterator[list[Target]]:
+    """Every tensor of some files, with the files that want it, in the order of their bytes."""
+    wanted: dict[tuple[tuple[int, str], str], list[tuple[File, int, int]]] = {}
+    for file in files:
+        offset = len(file.header)
+        for i, tensor in enumerate(file.tensors):
+            wanted.setdefault((sort_key(tensor.name, tensor.dtype), tensor.name), []).append((file, i, offset))
+            offset += tensor.nbytes
+    for key in sorted(wanted):
+        yield [
+            Target(tensor, resolve(tensor, catalog), sinks.get(file.key), offset)
+            for file, i, offset in wanted[key]
+            for tensor in [file.tensors[i]]
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """How a limit is divided: slots in which uploads gather their parts, and the arena."""
+
+    limit: int
+    slots: int
+    unit: int
+    least: int
+
+    @property
+    def arena(self) -> int:
+        return self.limit - self.slots * self.unit
+
+    @property
+    def want(self) -> int:
+        return max(1, min(STEP, self.arena // DEPTH))
+
+
+def _memory(job: Job, files: Sequence[tuple[int, File]], to: Store, limit: int | None) -> _Memory:
+    """Divide the limit, or refuse it with the number that would do."""
+    units = max((to.unit(file.size) for _, file in files), default=0)
+    slots = max((len(wave) for wave in _waves(files)), default=0) if units else 0
+    floor = max((_least(wave) for wave in _waves(files)), default=0)
+    least = floor + slots * units
+    if limit is None:
+        limit = max(default_limit(), least)
+    elif limit == -1:
+        limit = max(UNLIMITED, least)
+    elif limit == 0:
+        limit = least
+    if limit < least:
+        raise BudgetTooSmall(
+            f"--memory-limit {show_size(limit)} is too small for {job.what}: {least} bytes ({show_size(least)}) would do", needed=least
+        )
+    return _Memory(limit, slots, units, least)
+
+
+def _least(wave: Sequence[File]) -> int:
+    """The smallest arena for the files of one part: a small tile for each, and a small read."""
+    tensors = [max((min(schedule.FLOOR, t.nbytes) for t in file.tensors), default=0) for file in wave]
+    return sum(-(-n // schedule.ALIGN) * schedule.ALIGN for n in tensors) + schedule.FLOOR + schedule.ALIGN
+
+
+def _steps(files: Sequence[tuple[int, File]], catalog: Catalog, sinks: Mapping[str, FileSink], memory: _Memory) -> Iterator[Step]:
+    for wave in _waves(files):
+        yield from schedule.steps(_groups(wave, catalog, sinks), limit=memory.arena, want=memory.want, longest=min(READ, memory.want))
+
+
+def summary(job: Job, to: Store, *, memory_limit: int | None, ranks: Sequence[int] | None = None) -> Summary:
+    """What the job will write and read, and the memory that it needs. Plans every step; moves nothing."""
+    files = job.of_ranks(ranks)
+    memory = _memory(job, files, to, memory_limit)
+    reads = sum(read.nbytes for step in _steps(files, job.catalog, {}, memory) for read in step.reads)
+    return _summary(job, files, memory, reads)
+
+
+def _summary(job: Job, files: Sequence[tuple[int, File]], memory: _Memory, reads: int) -> Summary:
+    return Summary(
+        what=job.what,
+        files=tuple((file.key, file.rank, file.size) for _, file in files),
+        bytes_to_write=sum(file.size for _, file in files),
+        bytes_to_read=reads,
+        least_memory=memory.least,
+        memory_limit=memory.limit,
+        notes=job.notes,
+        details=job.details,
+    )
+
+
+def run(
+    job: Job,
+    to: Store,
+    *,
+    memory_limit: int | None,
+    concurrency: int | None,
+    ranks: Sequence[int] | None,
+    overwrite: bool,
+    progress: Callable[[int, int], None] | None,
+) -> Summary:
+    """Write what is missing of the job, and commit it if that was the last. Nothing is written if it cannot be planned."""
+    files = job.of_ranks(ranks)
+    memory = _memory(job, files, to, memory_limit)
+    done = _begin(job, to, overwrite=overwrite)
+    if done is None:
+        return _finished(job, files, memory, kept=sum(file.size for _, file in files))
+    left = tuple((part, file) for part, file in files if file.key not in done)
+    total = sum(file.size for _, file in files)
+    kept = total - sum(file.size for _, file in left)
+    reads = _write(job, left, to, memory, concurrency or CONCURRENCY, _told(progress, kept, total))
+    complete = _commit(job, to)
+    result = _summary(job, files, memory, reads)
+    return Summary(**{**_fields(result), "written": total - kept, "kept": kept, "complete": complete})
+
+
+def _fields(value: Summary) -> dict[str, Any]:
+    return {name: getattr(value, name) for name in value.__dataclass_fields__}
+
+
+def _finished(job: Job, files: Sequence[tuple[int, File]], memory: _Memory, kept: int) -> Summary:
+    return Summary(**{**_fields(_summary(job, files, memory, 0)), "kept": kept, "complete": True})
+
+
+def _told(progress: Callable[[int, int], None] | None, done: int, total: int) -> Progress | None:
+    """Adds up what has been done; called by many threads, where a lost update would only be a late one."""
+    if progress is None:
+        return None
+    so_far = [done]
+    progress(done, total)
+
+    def tell(nbytes: int) -> None:
+        so_far[0] += nbytes
+        progress(so_far[0], total)
+
+    return tell
+
+
+def _write(
+    job: Job, left: Sequence[tuple[int, File]], to: Store, memory: _Memory, readers: int, progress: Progress | None
+) -> int:
+    """Write some files; returns the bytes that were read."""
+    slots = Slots(memory.slots, memory.unit)
+    sinks: dict[str, FileSink] = {}
+    read = 0
+
+    def published(record: FileRecord) -> None:
+        to.put(job.prefix + record.key + ".json", json.dumps(record.to_json()).encode())
+
+    for part, file in left:
+        sinks[file.key] = FileSink(file, part, to, published, slots)
+
+    def counted() -> Iterator[Step]:
+        nonlocal read
+        for step in _steps(left, job.catalog, sinks, memory):
+            read += sum(r.nbytes for r in step.reads)
+            yield step
+
+    try:
+        execute(counted(), job.source, Arena(memory.arena), readers=readers, progress=progress, stop=slots.stop)
+        for sink in sinks.values():
+            if not sink.file.data_size:
+                sink.open()
+    finally:
+        for sink in sinks.values():
+            sink.abort()
+    return read
+
+
+def _begin(job: Job, to: Store, *, overwrite: bool) -> set[str] | None:
+    """The files that are written already; None when the whole checkpoint is. Refuses an output that holds something else."""
+    try:
+        found = {thing.key: thing.size for thing in to.list()}
+    except NotFound:
+        found = {}
+    if job.committed(to) and all(found.get(file.key) == file.size for _, file in job.files) and not overwrite:
+        return None
+    own = job.prefix + JOB in found
+    if overwrite and not own:
+        _clear(job, to, found)
+        found = {}
+    others = sorted({key.split("/")[1] for key in found if key.startswith(manifest.PRIVATE) and key.count("/") > 1} - {job.fingerprint})
+    if others:
+        raise PlanError(
+            f"{to.uri} holds the unfinished output of another job ({others[0]}): finish that one, use --overwrite or another --output"
+        )
+    if found and not own:
+        raise PlanError(f"{to.uri} is not empty (it holds {min(found)}): use --overwrite or another --output")
+    if not own:
+        to.put(job.prefix + JOB, json.dumps({"what": job.what, "fingerprint": job.fingerprint}).encode())
+    return {record.key for record in _records(job, to) if found.get(record.key) == record.size}
+
+
+def _clear(job: Job, to: Store, found: Mapping[str, int]) -> None:
+    """Remove what an older checkpoint left: its mark first, then its files. Files of other kinds stay."""
+    for key in (manifest.KEY, *sorted(found)):
+        if key in found and (key == manifest.KEY or key.startswith(manifest.PRIVATE) or job.stale(key)):
+            to.delete(key)
+
+
+def _records(job: Job, to: Store) -> list[FileRecord]:
+    """The records of finished files. A damaged one counts as not there."""
+    found = []
+    for thing in to.list(job.prefix):
+        if thing.key == job.prefix + JOB:
+            continue
+        try:
+            found.append(FileRecord.from_json(json.loads(to.get(thing.key, limit=MAX_RECORD))))
+        except (NotFound, ValueError, KeyError, TypeError):  # another worker has committed, or the record is not whole
+            continue
+    return found
+
+
+def _commit(job: Job, to: Store) -> bool:
+    """Commit if every file has its record. Losing to an identical commit is success."""
+    records = {record.key: record for record in _records(job, to)}
+    if not all(file.key in records for _, file in job.files):
+        return job.committed(to)  # another worker may have done it and removed the records
+    try:
+        job.commit(to, [records[file.key] for _, file in job.files])
+    except AlreadyExists:
+        if not job.committed(to):
+            raise
+    for thing in list(to.list(job.prefix)):
+        to.delete(thing.key)
+    return True

@@ -1,0 +1,116 @@
+"""The nouns of a plan. All of them are data; nothing here reads or writes.
+
+::
+
+    File        one destination: a key and its tensors, every offset known
+    └── Tensor      name, dtype, shape, and a mosaic: pieces, over a fill where there is padding
+        └── Piece       these elements of the target (dst) are those elements (src) of a source
+            └── Stored      a tensor whose bytes exist: object, offset, dtype, shape; or just a name, before ``resolve``
+
+A difference of dtype between a piece's source and its target is a cast. Pieces are made when asked for, per tensor: a
+model has hundreds of thousands of them and a plan holds none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from shardtool import header
+from shardtool.dtypes import DType
+from shardtool.window import Window, row_major
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor whose bytes exist, in row-major order, at ``offset`` bytes of the object ``key``."""
+
+    key: str
+    dtype: DType
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return self.dtype.nbytes(math.prod(self.shape))
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The elements ``src`` of ``source`` land on the elements ``dst`` of the target. Both windows have one shape."""
+
+    dst: Window
+    src: Window
+    source: str | Stored
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tensor:
+    """A target or a logical source: a mosaic of pieces. ``fill`` is the value under them (padding, constants)."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    pieces: Callable[[], tuple[Piece, ...]]
+    fill: float | None = None
+    stored: Stored | None = None  # set when the mosaic is one stored tensor, whole
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return self.dtype.nbytes(self.size)
+
+
+Catalog = Mapping[str, Tensor]
+"""What can be read, by logical name."""
+
+
+def whole(name: str, stored: Stored) -> Tensor:
+    """The mosaic of one: a stored tensor under a name. Types narrower than a byte are taken byte by byte."""
+
+    def pieces() -> tuple[Piece, ...]:
+        window = row_major(stored.shape)
+        return (Piece(window, window, stored),)
+
+    return Tensor(name, stored.dtype, stored.shape, pieces, stored=stored)
+
+
+@dataclass(frozen=True, eq=False)
+class File:
+    """One destination file of rank ``rank`` (None: of no rank) with its tensors in the order of their bytes."""
+
+    key: str
+    rank: int | None
+    tensors: tuple[Tensor, ...]
+    metadata: tuple[tuple[str, str], ...] = ()
+
+    @cached_property
+    def header(self) -> bytes:
+        """The safetensors header, length field and padding included."""
+        return header.encode([(t.name, t.dtype, t.shape) for t in self.tensors], dict(self.metadata))
+
+    @cached_property
+    def data_size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.nbytes for t in self.tensors)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return len(self.header) + self.data_size
+
+    def stored(self) -> dict[str, Stored]:
+        """Where each tensor's bytes will lie."""
+        found, offset = {}, len(self.header)
+        for tensor in self.tensors:
+            found[tensor.name] = Stored(self.key, tensor.dtype, tensor.shape, offset)
+            offset += tensor.nbytes
+        return found

@@ -1,0 +1,193 @@
+"""The recipe: what every rank's tensors are made of, compact enough to be kept with them.
+
+A layout is evaluated once per kind of layer; what repeats is one ``Rule`` with the layers' numbers. A rule says for each
+group of ranks the shape, the fill and the pieces; ``{i}`` in names stands for the number::
+
+    Rule "model.layers.{i}.self_attn.qkv_proj.weight"  i = 0..31  BF16
+    └── Share  ranks 0,1  shape [1536, 4096]
+        └── Piece  dst <- src of "model.layers.{i}.self_attn.q_proj.weight"
+
+The recipe that is executed is the recipe that is recorded: plans are made from it alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shardtool.dtypes import DType
+from shardtool.errors import FormatError
+from shardtool.plan import Piece, Tensor
+from shardtool.window import Window, row_major
+
+SLOT = "{i}"
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What some ranks hold of a target: all of them the same."""
+
+    ranks: tuple[int, ...]
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    fill: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One target, or one per number in ``index`` where the name has the slot ``{i}``."""
+
+    name: str
+    dtype: DType
+    shares: tuple[Share, ...]
+    index: tuple[int, ...] = ()
+
+    def names(self) -> Iterator[tuple[str, int | None]]:
+        """Each target's name with its number."""
+        if not self.index:
+            yield self.name, None
+        for i in self.index:
+            yield self.name.replace(SLOT, str(i)), i
+
+    def sources(self) -> dict[str, list[Window]]:
+        """The windows that this rule takes of each source (names still with the slot)."""
+        found: dict[str, list[Window]] = {}
+        for share in self.shares:
+            for piece in share.pieces:
+                found.setdefault(str(piece.source), []).append(piece.src)
+        return found
+
+
+def filled(name: str, number: int | None) -> str:
+    """A name with its slot filled."""
+    return name if number is None else name.replace(SLOT, str(number))
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """All rules of a layout."""
+
+    rules: tuple[Rule, ...]
+
+    def tensors(self, rank: int) -> Iterator[Tensor]:
+        """What one rank holds, pieces made when asked for, citing names."""
+        for rule in self.rules:
+            for share in rule.shares:
+                if rank in share.ranks:
+                    for name, number in rule.names():
+                        yield Tensor(name, rule.dtype, share.shape, _pieces_of(share, number), share.fill)
+                    break
+
+    def ranks(self) -> tuple[int, ...]:
+        """Every rank that holds anything."""
+        return tuple(sorted({rank for rule in self.rules for share in rule.shares for rank in share.ranks}))
+
+
+def _pieces_of(share: Share, number: int | None) -> Any:
+    def pieces() -> tuple[Piece, ...]:
+        return tuple(Piece(p.dst, p.src, filled(str(p.source), number)) for p in share.pieces)
+
+    return pieces
+
+
+# JSON
+
+
+def runs(numbers: Iterable[int]) -> list[list[int]]:
+    """Sorted numbers as runs [first, one past the last]."""
+    found: list[list[int]] = []
+    for n in numbers:
+        if found and found[-1][1] == n:
+            found[-1][1] = n + 1
+        else:
+            found.append([n, n + 1])
+    return found
+
+
+def from_runs(value: Any) -> tuple[int, ...]:
+    """The numbers of such runs; a million at most."""
+    numbers: list[int] = []
+    for first, past in value:
+        if not 0 <= first < past or past - first + len(numbers) > 1_000_000:
+            raise ValueError(f"the run {first}..{past} is not one of numbers")
+        numbers.extend(range(first, past))
+    return tuple(numbers)
+
+
+def to_json(recipe: Recipe) -> list[dict[str, Any]]:
+    """The recipe as JSON values; ``docs/manifest.md`` specifies them."""
+    return [
+        {
+            "name": rule.name,
+            **({"i": runs(rule.index)} if rule.index else {}),
+            "dtype": rule.dtype.name,
+            "shares": [
+                {
+                    "ranks": runs(share.ranks),
+                    "shape": list(share.shape),
+                    **({} if share.fill is None else {"fill": share.fill}),
+                    "pieces": [_piece_to_json(piece, share.shape) for piece in share.pieces],
+                }
+                for share in rule.shares
+            ],
+        }
+        for rule in recipe.rules
+    ]
+
+
+def _piece_to_json(piece: Piece, shape: tuple[int, ...]) -> dict[str, Any]:
+    if piece.dst == row_major(shape) and piece.src == piece.dst:
+        return {"of": piece.source}
+    return {
+        "of": piece.source,
+        "shape": list(piece.dst.shape),
+        "to": [piece.dst.offset, *piece.dst.strides],
+        "from": [piece.src.offset, *piece.src.strides],
+    }
+
+
+def from_json(value: Any, where: str) -> Recipe:
+    """The recipe that JSON values say, checked: windows stay inside their targets. Raises ``FormatError``."""
+    try:
+        return Recipe(tuple(_rule(entry) for entry in value))
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise FormatError(f"{where}: the recipe is damaged ({error!r})") from None
+
+
+def _sizes(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list) or not all(type(n) is int and 0 <= n < 1 << 60 for n in values):
+        raise ValueError(f"{values!r} are not sizes")
+    return tuple(values)
+
+
+def _rule(entry: Mapping[str, Any]) -> Rule:
+    index = from_runs(entry["i"]) if "i" in entry else ()
+    if not isinstance(entry["name"], str) or bool(index) != (SLOT in entry["name"]):
+        raise ValueError(f"the name {entry['name']!r} and its numbers do not fit")
+    return Rule(entry["name"], DType[entry["dtype"]], tuple(_share(share) for share in entry["shares"]), index)
+
+
+def _share(entry: Mapping[str, Any]) -> Share:
+    shape = _sizes(entry["shape"])
+    fill = entry.get("fill")
+    if fill is not None and not isinstance(fill, int | float):
+        raise ValueError(f"the fill {fill!r} is not a number")
+    pieces = tuple(_piece(piece, shape) for piece in entry["pieces"])
+    end = row_major(shape).bounds[1]
+    for piece in pieces:
+        if piece.dst.bounds[1] > end:
+            raise ValueError(f"a piece of {piece.source!r} leaves its target")
+    return Share(from_runs(entry["ranks"]), shape, pieces, fill)
+
+
+def _piece(entry: Mapping[str, Any], shape: tuple[int, ...]) -> Piece:
+    if not isinstance(entry["of"], str):
+        raise ValueError(f"the source {entry['of']!r} is not a name")
+    if "shape" not in entry:
+        window = row_major(shape)
+        return Piece(window, window, entry["of"])
+    box, to, of = _sizes(entry["shape"]), _sizes(entry["to"]), _sizes(entry["from"])
+    if not len(to) == len(of) == len(box) + 1:
+        raise ValueError(f"a piece of {entry['of']!r} has windows of different shapes")
+    return Piece(Window(to[0], box, to[1:]), Window(of[0], box, of[1:]), entry["of"])

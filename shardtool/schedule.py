@@ -1,0 +1,315 @@
+"""From mosaics to steps: which ranges to read, where each element goes, and how much memory it takes. Pure.
+
+A *group* is one tensor as every destination wants it (the same norm on eight ranks; the same projection, cut in eight). A *step* is
+the same band of rows of a whole group: what its targets share is read once, in long ranges, and sliced in memory::
+
+    Step                 one block of memory: tiles first, then scratch
+    ├── Tile                 a range of elements of one target
+    └── Read                 a range of bytes of one object
+        └── Copy                 elements of the read -> elements of a tile (strided, perhaps cast)
+
+A read whose bytes are a tile's bytes goes straight into it and takes no scratch. Small neighbouring groups share a step, so that they
+share reads. A step whose reads cannot all be held at once is *serial*: its reads take turns in one scratch buffer. Bands follow each other in the
+source as in the target, so each source byte is read once; only a transposed tensor that does not fit into the limit is read again for each of its
+bands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from shardtool.dtypes import DType
+from shardtool.errors import BudgetTooSmall
+from shardtool.plan import Piece, Stored, Tensor
+from shardtool.window import Window, aligned, flat, join, row_major
+
+FLOOR = 4096
+"""Bytes below which neither a tile nor a read is made smaller."""
+ALIGN = 64
+"""Tiles and scratch start on multiples of this in a step's block."""
+GAP = 128 << 10
+"""Bytes between two runs of one window that are read over rather than skipped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A tensor that some sink wants filled. ``pieces`` cite stored bytes.
+
+    ``staging``: bytes of the step's block that the sink needs per byte of tile (0: it lends the memory itself).
+    ``offset``: where the tensor starts in the sink.
+    """
+
+    tensor: Tensor
+    pieces: tuple[Piece, ...]
+    sink: Any
+    offset: int
+    staging: int = 1
+
+
+@dataclass(slots=True)
+class Tile:
+    """``nbytes`` of a target from ``offset`` of its sink. ``fill`` is set when no piece fills some of it."""
+
+    target: Target
+    offset: int
+    nbytes: int
+    place: int  # in the step's block
+    fill: float | None
+
+
+@dataclass(slots=True)
+class Copy:
+    """Elements of a read (``src``, from byte ``base`` of it) to elements of a tile (``dst``, from its start)."""
+
+    tile: Tile
+    dst: Window
+    src: Window
+    base: int
+    dtype: DType
+
+
+@dataclass(slots=True)
+class Read:
+    """Bytes [start, start + nbytes) of an object. ``place`` is in the block; None: straight into the one copy's tile."""
+
+    key: str
+    start: int
+    nbytes: int
+    copies: list[Copy]
+    place: int | None = None
+
+
+@dataclass(slots=True)
+class Step:
+    """Work that shares a block of ``cost`` bytes. The reads of a ``serial`` step take turns in one scratch buffer."""
+
+    tiles: list[Tile] = field(default_factory=list)
+    reads: list[Read] = field(default_factory=list)
+    cost: int = 0
+    serial: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tiles."""
+        return sum(tile.nbytes for tile in self.tiles)
+
+
+def least(groups: Iterable[Sequence[Target]]) -> int:
+    """The smallest block in which every group can be done."""
+    need = 0
+    for group in groups:
+        tiles = sum(_up(min(FLOOR, t.tensor.nbytes)) * t.staging for t in group)
+        need = max(need, tiles + _up(FLOOR))
+    return need
+
+
+def steps(groups: Iterable[Sequence[Target]], *, limit: int, want: int, longest: int, tile: int | None = None) -> Iterator[Step]:
+    """The steps that fill every target of every group, in order.
+
+    ``limit``: bytes that one step's block may have; ``want``: bytes that it should have; ``longest``: bytes of one read;
+    ``tile``: bytes of every tile, if a sink needs a certain size.
+    """
+    want = min(want, limit)
+    batch: list[Sequence[Target]] = []
+    weight = 0
+    for every in groups:
+        group = [target for target in every if target.tensor.size]
+        cost = _whole_cost(group)
+        if batch and weight + cost > want:
+            yield from _batch(batch, limit, want, longest, tile)
+            batch, weight = [], 0
+        if group:
+            batch.append(group)
+            weight += cost
+    if batch:
+        yield from _batch(batch, limit, want, longest, tile)
+
+
+def _up(n: int) -> int:
+    return -(-n // ALIGN) * ALIGN
+
+
+def _whole_cost(group: Sequence[Target]) -> int:
+    """About what it takes to do a group in one step: its tiles and as much again for its reads."""
+    return sum(_up(t.tensor.nbytes) * (t.staging + 1) for t in group)
+
+
+def _batch(batch: list[Sequence[Target]], limit: int, want: int, longest: int, tile: int | None) -> Iterator[Step]:
+    ranges = [(t, 0, t.tensor.size) for group in batch for t in group]
+    if tile is None or all(t.tensor.nbytes <= tile for t, _, _ in ranges):
+        step = _step(ranges, longest, None)
+        if step.cost <= want:
+            yield step
+            return
+    if len(batch) > 1:
+        for group in batch:
+            yield from _batch([group], limit, want, longest, tile)
+        return
+    (group,) = batch
+    yield from _bands(group, limit, want, longest, tile)
+
+
+def _bands(group: Sequence[Target], limit: int, want: int, longest: int, tile: int | None) -> Iterator[Step]:
+    """The steps of one group that is too big for one."""
+    turned = any(_turned(p) for t in group for p in t.pieces)
+    if turned and tile is None:
+        step = _step([(t, 0, t.tensor.size) for t in group], longest, None)
+        if step.cost <= limit:
+            yield step
+            return
+    shares = sum(t.staging + (not turned) for t in group) or 1
+    size = tile or max(FLOOR, (limit // 2 if turned else want) // shares)
+    done = [0] * len(group)
+    while any(n < t.tensor.size for n, t in zip(done, group, strict=True)):
+        ranges = [(t, n, count) for n, t in zip(done, group, strict=True) if (count := _count(t, n, size, tile is not None))]
+        step = _step(ranges, longest, None)
+        if step.cost > (limit if turned else want):
+            if tile is None and not turned and size > FLOOR:
+                size = max(FLOOR, min(size // 2, size * want // step.cost))
+                continue
+            scratch = limit - sum(_up(c * t.tensor.dtype.itemsize) * t.staging for t, _, c in ranges)
+            if scratch < FLOOR:
+                raise BudgetTooSmall(
+                    f"tensor {group[0].tensor.name!r} needs {least([group])} bytes of memory and has {limit}", needed=least([group])
+                )
+            step = _step(ranges, longest, scratch // ALIGN * ALIGN)
+        yield step
+        for i, t in enumerate(group):
+            done[i] += _count(t, done[i], size, tile is not None)
+
+
+def _count(target: Target, done: int, size: int, exact: bool) -> int:
+    """Elements of the next tile of at most ``size`` bytes: whole rows, if it need not be exact."""
+    most = max(1, size // target.tensor.dtype.itemsize)
+    if not exact:
+        most = aligned(target.tensor.shape, most)
+    return min(most, target.tensor.size - done)
+
+
+def _turned(piece: Piece) -> bool:
+    """Whether the source runs in another direction than the target, so that bands of one are not bands of the other."""
+    order = sorted(zip(piece.dst.strides, piece.src.strides, piece.dst.shape, strict=True), reverse=True)
+    strides = [s for _, s, n in order if n > 1 and s]
+    return any(a < b for a, b in zip(strides, strides[1:], strict=False))
+
+
+def _step(ranges: Sequence[tuple[Target, int, int]], longest: int, scratch: int | None) -> Step:
+    """One step that fills these (target, first element, count). ``scratch``: bytes in which its reads take turns."""
+    step = Step()
+    place = 0
+    wanted: dict[str, list[tuple[int, int, Copy]]] = {}
+    for target, first, count in ranges:
+        tensor = target.tensor
+        item = tensor.dtype.itemsize
+        tile = Tile(target, target.offset + first * item, count * item, place, None)
+        if target.staging:
+            place += _up(tile.nbytes) * target.staging
+        step.tiles.append(tile)
+        filled = 0
+        for piece in target.pieces:
+            for dst, src in _cut(piece, first, count, tensor.size):
+                filled += dst.size
+                stored = piece.source
+                assert isinstance(stored, Stored)
+                for part_dst, part_src in _runs(dst, src, stored.dtype.itemsize):
+                    lo, hi = part_src.bounds
+                    start = stored.offset + lo * stored.dtype.itemsize
+                    copy = Copy(tile, part_dst, part_src, stored.offset, stored.dtype)
+                    wanted.setdefault(stored.key, []).append((start, stored.offset + hi * stored.dtype.itemsize, copy))
+        if filled < count:
+            tile.fill = tensor.fill if tensor.fill is not None else 0.0
+    serial = scratch is not None
+    biggest = min(longest, scratch) if scratch is not None else longest
+    for key, asks in wanted.items():
+        step.reads.extend(_reads(key, asks, biggest))
+    need = 0
+    for read in step.reads:
+        if _straight(read):
+            continue
+        lead = read.start % ALIGN  # keeps elements as aligned in memory as they are in the file
+        read.place = place + lead + (0 if serial else need)
+        need = max(need, _up(lead + read.nbytes)) if serial else need + _up(lead + read.nbytes)
+    step.cost = place + need
+    step.serial = serial
+    return step
+
+
+def _cut(piece: Piece, first: int, count: int, size: int) -> Iterable[tuple[Window, Window]]:
+    """The part of a piece that lands on elements [first, first + count), its target window counted from ``first``."""
+    if count == size:
+        return ((piece.dst, piece.src),)
+    band = flat(first, count)
+    return ((dst.moved(-first), src) for src, dst in join(piece.dst, piece.src, band, band))
+
+
+def _runs(dst: Window, src: Window, item: int) -> Iterator[tuple[Window, Window]]:
+    """The pair itself, or its rows where more than ``GAP`` bytes lie between them that it does not want."""
+    for dim, (n, s) in enumerate(zip(src.shape, src.strides, strict=True)):
+        inner = [i for i in range(len(src.shape)) if i != dim]
+        extent = 1 + sum((src.shape[i] - 1) * src.strides[i] for i in inner)
+        if n > 1 and (s - extent) * item > GAP:
+            for i in range(n):
+                yield from _runs(dst.narrow(dim, i, 1), src.narrow(dim, i, 1), item)
+            return
+    yield dst, src
+
+
+def _reads(key: str, asks: list[tuple[int, int, Copy]], longest: int) -> Iterator[Read]:
+    """Ranges that touch or overlap become one, unless dividing it could cut an element; long ones are divided."""
+    asks.sort(key=lambda ask: ask[:2])
+    at = 0
+    while at < len(asks):
+        lo, hi = asks[at][:2]
+        last = at + 1
+        while last < len(asks) and asks[last][0] <= hi and not (asks[last][2].base - lo) % asks[last][2].dtype.itemsize:
+            hi = max(hi, asks[last][1])
+            last += 1
+        yield from _divided(key, lo, hi, asks[at:last], longest)
+        at = last
+
+
+def _divided(key: str, lo: int, hi: int, asks: list[tuple[int, int, Copy]], longest: int) -> Iterator[Read]:
+    if hi - lo <= longest:
+        yield Read(key, lo, hi - lo, [_based(copy, lo) for _, _, copy in asks])
+        return
+    widest = max(copy.dtype.itemsize for _, _, copy in asks)
+    stride = longest - longest % widest
+    for start in range(lo, hi, stride):
+        end = min(hi, start + stride)
+        copies = []
+        for a, b, copy in asks:
+            if b <= start or a >= end:
+                continue
+            if start <= a and b <= end:
+                copies.append(_based(copy, start))
+                continue
+            item = copy.dtype.itemsize
+            first = -((copy.base - start) // item) if copy.base < start else 0
+            past = (end - copy.base) // item
+            band = flat(first, past - first)
+            for dst, src in join(copy.src, copy.dst, band, band):
+                copies.append(_based(Copy(copy.tile, dst, src, copy.base, copy.dtype), start))
+        if copies:
+            yield Read(key, start, end - start, copies)
+
+
+def _based(copy: Copy, start: int) -> Copy:
+    """The copy with its base counted from the start of a read."""
+    return Copy(copy.tile, copy.dst, copy.src, copy.base - start, copy.dtype)
+
+
+def _straight(read: Read) -> bool:
+    """Whether the read's bytes are, in order, bytes of one tile."""
+    if len(read.copies) != 1:
+        return False
+    (copy,) = read.copies
+    same = copy.dtype is copy.tile.target.tensor.dtype
+    return same and copy.dst.contiguous and copy.src.contiguous and copy.src.size * copy.dtype.itemsize == read.nbytes
+
+
+def whole_target(tensor: Tensor, stored: Stored, sink: Any, offset: int, staging: int) -> Target:
+    """A target that is one stored tensor as it is."""
+    window = row_major(stored.shape)
+    return Target(tensor, (Piece(window, window, stored),), sink, offset, staging)

@@ -1,0 +1,461 @@
+"""A folder as a store: files that are whole, durable and swept up after.
+
+::
+
+    create ── sweep once ── <root>/.shardtool/tmp/<random>.tmp, locked and with its space reserved
+                 write* ──> pwrite
+                commit  ──> fsync ── rename over the key | link to it if exclusive ── fsync of the folder
+                 abort  ──> unlink
+
+    readinto ── a file opened before, if it is still the one at that path ── preadv straight into the view
+
+A temporary file is locked (``flock``) by the process that writes it, and the lock goes when the process does, however
+it ends. So what a killed process left behind is told from what another one is writing at this moment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import stat
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from shardtool.errors import AccessDenied, AlreadyExists, FormatError, NotFound, ShardtoolError, StoreError, UsageError
+from shardtool.stores.base import CheckedWriter, Object, Store, check_key, is_key, target
+
+_PRIVATE = ".shardtool"
+_TEMPORARY = ".shardtool/tmp"
+
+# One system call moves at most 2 GiB on Linux, and more is an error on macOS.
+_MOST_AT_ONCE = 1 << 30
+
+# How often a folder is made again that somebody else removes, as empty, before it is used.
+_TRIES = 20
+
+_NO_SUCH_THING = (errno.ENOENT, errno.ENOTDIR)
+_NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+
+T = TypeVar("T")
+
+# Names of the temporary files that this process is writing. On some network file systems a process does not see its
+# own locks, and would sweep what another thread writes.
+_writing: set[str] = set()
+
+
+class LocalStore(Store):
+    """The files below a folder, which is made when something is created in it; up to ``open_files`` stay open."""
+
+    def __init__(self, root: str | os.PathLike[str], *, open_files: int = 64) -> None:
+        self.uri = os.fspath(root)
+        self._root = os.path.abspath(self.uri)
+        self._files = _OpenFiles(open_files)
+        self._sweeping = threading.Lock()
+        self._swept = False
+        if os.path.exists(self._root) and not os.path.isdir(self._root):
+            raise UsageError(f"{self.uri} is a file: name the folder that it lies in")
+
+    def list(self, prefix: str = "") -> Iterator[Object]:
+        """The files whose key starts with ``prefix``; links are followed, temporary files are hidden."""
+        self._expect_root()
+        return _walk(self._root, "", prefix, ())
+
+    def stat(self, key: str) -> Object:
+        """Raises ``NotFound`` where there is no such file."""
+        path = self._path(key)
+        with self._explained(key):
+            info = os.stat(path)
+            _expect_file(path, info)
+        return Object(key, info.st_size)
+
+    def readinto(self, key: str, start: int, view: memoryview) -> None:
+        """Fill ``view`` from the file that is at this path now."""
+        memory = target(start, view)
+        path = self._path(key)
+        if not memory:
+            return
+        with self._explained(key), self._files.lend(path) as fd:
+            done = 0
+            while done < len(memory):
+                count = _read_at(fd, memory[done : done + _MOST_AT_ONCE], start + done)
+                if not count:
+                    end = start + len(memory)
+                    raise FormatError(f"{self.locate(key)} ends at byte {os.fstat(fd).st_size}, before byte {end}")
+                done += count
+
+    def create(self, key: str, size: int, *, exclusive: bool = False) -> _LocalWriter:
+        """Begin a file of exactly ``size`` bytes. Its space is reserved, so a full disk shows here where it can."""
+        path = self._path(key)
+        self._expect_inside(key)
+        return _LocalWriter(self, key, path, size, exclusive=exclusive)
+
+    def delete(self, key: str) -> None:
+        """Remove a file, and the folders that it leaves empty; one that is not there is not an error."""
+        path = self._path(key)
+        self._expect_inside(key)
+        try:
+            os.unlink(path)
+        except OSError as error:
+            if error.errno in _NO_SUCH_THING:
+                return
+            raise _translated(error, self.locate(key), writing=True) from error
+        folder = os.path.dirname(path)
+        with contextlib.suppress(OSError):
+            while folder != self._root:
+                os.rmdir(folder)
+                folder = os.path.dirname(folder)
+
+    def close(self) -> None:
+        """Close the files that are kept open for reading; the store can still be used."""
+        self._files.close()
+
+    def _path(self, key: str) -> str:
+        check_key(key)
+        if key == _TEMPORARY or key.startswith(_TEMPORARY + "/"):
+            raise UsageError(f"{self.locate(key)} is where temporary files are: choose another name")
+        return os.path.join(self._root, key)
+
+    def _expect_root(self) -> None:
+        if not os.path.isdir(self._root):
+            raise NotFound(f"the folder {self.uri} does not exist")
+
+    def _expect_inside(self, key: str) -> None:
+        """A link to a folder elsewhere must not turn a name inside the store into a file outside it."""
+        root = os.path.realpath(self._root)
+        folder = os.path.realpath(os.path.dirname(os.path.join(self._root, key)))
+        if os.path.commonpath((root, folder)) != root:
+            raise UsageError(f"{self.locate(key)} is behind a link that leaves {self.uri}: nothing is changed there")
+
+    @contextlib.contextmanager
+    def _explained(self, key: str, *, writing: bool = False) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not writing and error.errno in _NO_SUCH_THING:
+                self._expect_root()
+            raise _translated(error, self.locate(key), writing=writing) from error
+
+    def _temporary(self) -> tuple[int, str]:
+        """Open a new temporary file and lock it."""
+        folder = os.path.join(self._root, _TEMPORARY)
+        with self._sweeping:
+            if not self._swept:
+                _sweep(folder)
+                self._swept = True
+
+        def attempt() -> tuple[int, str] | None:
+            name = f"{secrets.token_hex(16)}.tmp"
+            path = os.path.join(folder, name)
+            _writing.add(name)
+            try:
+                _make_folders(folder)
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            except BaseException:
+                _writing.discard(name)
+                raise
+            # A file system without locks still works: nothing can be locked there for sweeping either.
+            with contextlib.suppress(OSError):
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            if os.fstat(fd).st_nlink:
+                return fd, path
+            # Another process swept the file in the moment before it was locked.
+            os.close(fd)
+            _writing.discard(name)
+            return None
+
+        return _insistently(attempt)
+
+    def _tidy(self) -> None:
+        """Remove the folders for temporary files if nobody uses them."""
+        with contextlib.suppress(OSError):
+            os.rmdir(os.path.join(self._root, _TEMPORARY))
+            os.rmdir(os.path.join(self._root, _PRIVATE))
+
+
+class _LocalWriter(CheckedWriter):
+    def __init__(self, store: LocalStore, key: str, path: str, size: int, *, exclusive: bool) -> None:
+        super().__init__(store.locate(key), size)
+        self._store = store
+        self._key = key
+        self._path = path
+        self._exclusive = exclusive
+        with self._explained():
+            self._fd, self._temporary = store._temporary()
+            try:
+                _reserve(self._fd, size)
+            except BaseException:
+                self._abort()
+                raise
+
+    def _explained(self) -> contextlib.AbstractContextManager[None]:
+        return self._store._explained(self._key, writing=True)
+
+    def _write(self, data: memoryview) -> None:
+        done = 0
+        with self._explained():
+            while done < len(data):
+                done += os.pwrite(self._fd, data[done : done + _MOST_AT_ONCE], self._written + done)
+
+    def _commit(self) -> None:
+        with self._explained():
+            _flush(self._fd)
+            self._store._expect_inside(self._key)
+            for folder in _insistently(self._publish):
+                _flush_folder(folder)
+        self._discard()
+
+    def _publish(self) -> Sequence[str]:
+        """Give the file its name; returns the folders that changed."""
+        folder = os.path.dirname(self._path)
+        changed = _make_folders(folder)
+        if not self._exclusive:
+            os.replace(self._temporary, self._path)
+        else:
+            try:
+                os.link(self._temporary, self._path)
+            except FileExistsError:
+                raise AlreadyExists(f"{self._where} exists already: delete it or choose another name") from None
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                self._rename_if_absent(folder)
+        return folder, *changed
+
+    def _rename_if_absent(self, folder: str) -> None:
+        """What ``os.link`` does, for file systems without hard links: only this library's writers respect it."""
+        fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            if os.path.lexists(self._path):
+                raise AlreadyExists(f"{self._where} exists already: delete it or choose another name")
+            os.replace(self._temporary, self._path)
+        finally:
+            os.close(fd)
+
+    def _abort(self) -> None:
+        self._discard()
+
+    def _discard(self) -> None:
+        with contextlib.suppress(OSError):
+            os.unlink(self._temporary)
+        os.close(self._fd)
+        _writing.discard(os.path.basename(self._temporary))
+        self._store._tidy()
+
+
+@dataclass(slots=True)
+class _OpenFile:
+    fd: int
+    identity: tuple[int, int]
+    users: int = 0
+    retired: bool = False
+
+
+class _OpenFiles:
+    """Files kept open for reading, the least recently used closed first; none is closed while somebody reads it."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = max(1, limit)
+        self._files: OrderedDict[str, _OpenFile] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def lend(self, path: str) -> Iterator[int]:
+        """A descriptor of the file that is at ``path`` now, even if another one was there before."""
+        info = os.stat(path)
+        _expect_file(path, info)
+        file = self._kept(path, (info.st_dev, info.st_ino)) or self._opened(path)
+        try:
+            yield file.fd
+        finally:
+            with self._lock:
+                file.users -= 1
+                if file.retired and not file.users:
+                    os.close(file.fd)
+
+    def close(self) -> None:
+        """Close every file as soon as nobody reads it."""
+        with self._lock:
+            while self._files:
+                self._retire(self._files.popitem()[1])
+
+    def _kept(self, path: str, identity: tuple[int, int]) -> _OpenFile | None:
+        with self._lock:
+            file = self._files.get(path)
+            # While a file is open its number is not given to another, so the same number is the same file.
+            if file is None or file.identity != identity:
+                return None
+            file.users += 1
+            self._files.move_to_end(path)
+            return file
+
+    def _opened(self, path: str) -> _OpenFile:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        info = os.fstat(fd)
+        file = _OpenFile(fd, (info.st_dev, info.st_ino), users=1)
+        with self._lock:
+            if path in self._files:
+                self._retire(self._files.pop(path))
+            self._files[path] = file
+            while len(self._files) > self._limit:
+                self._retire(self._files.popitem(last=False)[1])
+        return file
+
+    def _retire(self, file: _OpenFile) -> None:
+        file.retired = True
+        if not file.users:
+            os.close(file.fd)
+
+
+def _walk(folder: str, base: str, prefix: str, above: tuple[str, ...]) -> Iterator[Object]:
+    """The files below ``folder``, whose keys start with ``base``; ``above`` are the folders on the way down to it."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return  # a link back to where we come from
+    found: list[tuple[str, int]] = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                try:
+                    info = entry.stat()
+                except OSError:
+                    continue  # a link to nowhere, or a file that was removed at this moment
+                key = base + entry.name
+                if stat.S_ISDIR(info.st_mode) and key != _TEMPORARY:
+                    key += "/"
+                    wanted = key.startswith(prefix) or prefix.startswith(key)
+                else:
+                    wanted = stat.S_ISREG(info.st_mode) and key.startswith(prefix)
+                if wanted and is_key(entry.name):
+                    found.append((key, info.st_size))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise _translated(error, folder, writing=False) from error
+    # With its slash a folder sorts where the keys in it belong: "a.b" comes before "a/b".
+    for key, size in sorted(found):
+        if key.endswith("/"):
+            yield from _walk(os.path.join(folder, key[len(base) : -1]), key, prefix, (*above, real))
+        else:
+            yield Object(key, size)
+
+
+def _sweep(folder: str) -> None:
+    """Remove the temporary files that no living process has locked. It is no harm if that cannot be done."""
+    try:
+        names = [name for name in os.listdir(folder) if name.endswith(".tmp") and name not in _writing]
+    except OSError:
+        return
+    for name in names:
+        path = os.path.join(folder, name)
+        with contextlib.suppress(OSError):
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(path)
+            finally:
+                os.close(fd)
+
+
+def _insistently(attempt: Callable[[], T | None]) -> T:
+    """What ``attempt`` gives, tried again while folders vanish under it: others remove them when they are empty."""
+    for _ in range(_TRIES):
+        with contextlib.suppress(FileNotFoundError):
+            result = attempt()
+            if result is not None:
+                return result
+    result = attempt()
+    if result is None:
+        raise FileNotFoundError(errno.ENOENT, "others keep removing the temporary file")
+    return result
+
+
+def _expect_file(path: str, info: os.stat_result) -> None:
+    if not stat.S_ISREG(info.st_mode):
+        raise FileNotFoundError(errno.ENOENT, "not a file", path)
+
+
+def _read_at(fd: int, memory: memoryview, offset: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [memory], offset)
+    data = os.pread(fd, min(len(memory), 1 << 20), offset)
+    memory[: len(data)] = data
+    return len(data)
+
+
+def _reserve(fd: int, size: int) -> None:
+    """Take the space on the disk now, where the platform and the file system can."""
+    if size and hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(fd, 0, size)
+        except OSError as error:
+            if error.errno not in _NOT_SUPPORTED:
+                raise
+
+
+def _flush(fd: int) -> None:
+    """Bring a file's bytes to the disk; on macOS ``fsync`` alone leaves them in the drive's cache."""
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(fd)
+
+
+def _flush_folder(path: str) -> None:
+    """Bring a folder's names to the disk. One that is gone was emptied since, and has none to lose."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise
+    finally:
+        os.close(fd)
+
+
+def _make_folders(folder: str) -> list[str]:
+    """Make a folder and those above it; returns the folders that thereby got a new entry."""
+    missing = folder
+    changed: list[str] = []
+    while not os.path.isdir(missing):
+        missing = os.path.dirname(missing)
+        changed.append(missing)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except FileExistsError:
+        if os.path.lexists(folder):
+            raise
+        raise FileNotFoundError(errno.ENOENT, "removed while it was made", folder) from None
+    return changed
+
+
+def _translated(error: OSError, where: str, *, writing: bool) -> ShardtoolError:
+    """The error of shardtool that an error of the operating system means at ``where``."""
+    match error.errno:
+        case errno.ENOENT | errno.ENOTDIR if not writing:
+            return NotFound(f"{where} does not exist")
+        case errno.EACCES | errno.EPERM:
+            deed = "written" if writing else "read"
+            return AccessDenied(f"{where} cannot be {deed}: this user lacks the permission")
+        case errno.EROFS:
+            return AccessDenied(f"{where} cannot be written: it lies on a read-only file system")
+        case errno.ENOSPC:
+            return StoreError(f"no space left on the disk of {where}: free some or choose another folder")
+        case errno.EDQUOT:
+            return StoreError(f"no space left on the disk of {where} for this user, whose quota is used up")
+        case errno.EFBIG:
+            return StoreError(f"no space left on the disk of {where} for a file of this size: see ulimit -f")
+        case _:
+            deed = "writing" if writing else "reading"
+            return StoreError(f"{deed} {where} failed: {error.strerror or error}")

@@ -1,0 +1,97 @@
+"""A store in memory: the model that the other stores are compared with, and a place for tests and examples.
+
+It is the shortest thing that obeys every law of ``stores.base``: a dictionary under a lock, in which a commit is one
+assignment. With ``unit`` it is as particular about slices as a multipart upload.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+from shardtool.errors import AlreadyExists, FormatError, NotFound, UsageError
+from shardtool.stores.base import CheckedWriter, Object, Store, check_key, target
+
+
+class MemoryStore(Store):
+    """Objects in the memory of this process; ``unit`` is that of its writers."""
+
+    def __init__(self, uri: str = "memory://", *, unit: int = 0) -> None:
+        self.uri = uri
+        self._unit = unit
+        self._objects: dict[str, bytes] = {}
+        self._lock = threading.Lock()
+
+    def list(self, prefix: str = "") -> Iterator[Object]:
+        """The objects that are there now; what is committed while they are looked at is not among them."""
+        with self._lock:
+            found = [Object(key, len(data)) for key, data in self._objects.items() if key.startswith(prefix)]
+        return iter(sorted(found, key=lambda object: object.key))
+
+    def stat(self, key: str) -> Object:
+        """Raises ``NotFound`` where there is no such object."""
+        return Object(key, len(self._get(check_key(key))))
+
+    def readinto(self, key: str, start: int, view: memoryview) -> None:
+        """Copy the object's bytes from ``start`` into ``view``."""
+        memory = target(start, view)
+        check_key(key)
+        if not memory:
+            return
+        data = self._get(key)
+        if start + len(memory) > len(data):
+            raise FormatError(f"{self.locate(key)} ends at byte {len(data)}, before byte {start + len(memory)}")
+        memory[:] = data[start : start + len(memory)]
+
+    def create(self, key: str, size: int, *, exclusive: bool = False) -> _MemoryWriter:
+        """Begin an object of exactly ``size`` bytes."""
+        return _MemoryWriter(self, check_key(key), size, unit=self._unit, exclusive=exclusive)
+
+    def delete(self, key: str) -> None:
+        """Remove an object; one that is not there is not an error."""
+        with self._lock:
+            self._objects.pop(check_key(key), None)
+
+    def _get(self, key: str) -> bytes:
+        with self._lock:
+            if key not in self._objects:
+                raise NotFound(f"{self.locate(key)} does not exist")
+            return self._objects[key]
+
+    def _publish(self, key: str, data: bytes, *, exclusive: bool) -> None:
+        with self._lock:
+            if exclusive and key in self._objects:
+                raise AlreadyExists(f"{self.locate(key)} exists already: delete it or choose another name")
+            self._objects[key] = data
+
+
+class _MemoryWriter(CheckedWriter):
+    def __init__(self, store: MemoryStore, key: str, size: int, *, unit: int, exclusive: bool) -> None:
+        super().__init__(store.locate(key), size, unit=unit)
+        self._store = store
+        self._key = key
+        self._exclusive = exclusive
+        self._data = bytearray()
+
+    def _write(self, data: memoryview) -> None:
+        self._data += data
+
+    def _commit(self) -> None:
+        self._store._publish(self._key, bytes(self._data), exclusive=self._exclusive)
+        self._data.clear()
+
+    def _abort(self) -> None:
+        self._data.clear()
+
+
+_NAMED: dict[str, MemoryStore] = {}
+_NAMING = threading.Lock()
+
+
+def named(uri: str) -> MemoryStore:
+    """The one store of this process at ``memory://name``; it lives as long as the process."""
+    name = uri.partition("://")[2].rstrip("/")
+    if not name:
+        raise UsageError(f"{uri!r} names no store: write memory://name")
+    with _NAMING:
+        return _NAMED.setdefault(name, MemoryStore(f"memory://{name}"))

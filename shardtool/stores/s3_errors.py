@@ -1,0 +1,121 @@
+"""What the errors of boto3 mean: one place that turns them into shardtool's, with a sentence that says what to do.
+
+Amazon, Ceph, MinIO and the rest agree on status codes more than on names, so a name is looked at first where it says
+more than the status, and the status decides otherwise. The answer to a HEAD request has no body and thus only a status.
+
+::
+
+    no credentials, 401, 403         AccessDenied
+    no bucket, no object, 404        NotFound
+    412                              AlreadyExists    (only asked for where an object must not exist)
+    416                              FormatError      the object ends before the bytes that were asked for
+    throttling, 5xx, cut, silent     Unavailable      another try may help
+    a bad name, region or endpoint   UsageError
+    the rest                         StoreError
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shardtool.errors import (
+    AccessDenied,
+    AlreadyExists,
+    FormatError,
+    NotFound,
+    ShardtoolError,
+    StoreError,
+    Unavailable,
+    UsageError,
+)
+
+_THROTTLED = ("SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests")
+_PASSING = ("InternalError", "RequestTimeout", "ServiceUnavailable", "OperationAborted", "ConditionalRequestConflict")
+_CREDENTIALS = ("ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "TokenRefreshRequired")
+
+
+def answer(error: BaseException) -> tuple[str, int, int]:
+    """The code, the HTTP status and the number of retries of a ``ClientError``; empty and 0 for other errors."""
+    response: dict[str, Any] = getattr(error, "response", None) or {}
+    about = response.get("ResponseMetadata", {})
+    return (
+        str(response.get("Error", {}).get("Code", "")),
+        int(about.get("HTTPStatusCode", 0)),
+        int(about.get("RetryAttempts", 0)),
+    )
+
+
+def translated(error: BaseException, where: str) -> ShardtoolError:
+    """The error of shardtool that an error of boto3, or of the network under it, means for ``where``."""
+    from botocore.exceptions import ClientError
+
+    return _of_answer(error, where) if isinstance(error, ClientError) else _of_client(error, where)
+
+
+def _of_answer(error: BaseException, where: str) -> ShardtoolError:
+    code, status, _ = answer(error)
+    bucket = "/".join(where.split("/")[:3])
+    said = f"the server says {code or status}"
+    match code, status:
+        case "NoSuchBucket", _:
+            return NotFound(f"the bucket of {where} does not exist: check {bucket} and the endpoint")
+        case "NoSuchUpload", _:
+            return NotFound(f"the upload of {where} does not exist: it was completed or aborted by somebody else")
+        case "RequestTimeTooSkewed", _:
+            return AccessDenied(f"{where} is refused because this machine's clock is wrong ({said}): set it")
+        case name, _ if name in _CREDENTIALS:
+            return AccessDenied(f"the credentials for {where} are not valid ({said}): renew or correct them")
+        case name, _ if name in _THROTTLED or status == 429:
+            return Unavailable(f"{where} is asked for too often ({said}): try again later or with fewer readers")
+        case name, _ if name in _PASSING or status >= 500:
+            return Unavailable(f"{where} could not be served at this moment ({said}): try again")
+        case _, 401 | 403:
+            return AccessDenied(
+                f"access to {where} is denied ({said}): check the permissions, and whether it exists, since a server"
+                " denies what it may not say"
+            )
+        case _, 404:
+            return NotFound(f"{where} does not exist")
+        case _, 412:
+            return AlreadyExists(f"{where} exists already: delete it or choose another name")
+        case _, 416:
+            return FormatError(f"{where} ends before the bytes that were asked for")
+        case _:
+            return StoreError(f"{where} failed: {error}")
+
+
+def _of_client(error: BaseException, where: str) -> ShardtoolError:
+    from botocore import exceptions as boto
+
+    credentials = (
+        boto.NoCredentialsError,
+        boto.PartialCredentialsError,
+        boto.CredentialRetrievalError,
+        boto.NoAuthTokenError,
+        boto.TokenRetrievalError,
+        boto.SSOError,
+    )
+    settings = (
+        boto.ParamValidationError,
+        boto.ProfileNotFound,
+        boto.ConfigParseError,
+        boto.ConfigNotFound,
+        boto.InvalidRegionError,
+        boto.NoRegionError,
+        boto.UnknownEndpointError,
+        ValueError,
+    )
+    text = " ".join(str(error).split())
+    match error:
+        case _ if isinstance(error, credentials):
+            return AccessDenied(f"no credentials for {where} ({text}): set AWS_PROFILE or AWS_ACCESS_KEY_ID")
+        case _ if isinstance(error, settings):
+            return UsageError(f"{where} cannot be asked for ({text}): correct the address or the AWS settings")
+        case boto.SSLError():
+            return StoreError(f"the server of {where} cannot be trusted ({text}): see AWS_CA_BUNDLE")
+        case boto.EndpointConnectionError():
+            return Unavailable(f"the server of {where} cannot be reached ({text}): check AWS_ENDPOINT_URL")
+        case boto.HTTPClientError() | boto.IncompleteReadError() | OSError():
+            return Unavailable(f"the connection to the server of {where} broke ({text}): try again")
+        case _:
+            return StoreError(f"{where} failed: {text}")

@@ -1,0 +1,29 @@
+"""Sizes as people write and read them."""
+
+from __future__ import annotations
+
+import re
+
+from shardtool.errors import UsageError
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", re.IGNORECASE)
+
+
+def parse_size(text: str | int, flag: str) -> int:
+    """Bytes of ``5GiB``, ``64MiB``, ``5GB`` or a plain number. Raises ``UsageError`` that names the flag."""
+    if isinstance(text, int):
+        return text
+    found = _SIZE.fullmatch(text)
+    if not found:
+        raise UsageError(f"{flag} {text!r} is not a size; write for example 64MiB, 5GiB or a number of bytes")
+    return int(float(found[1]) * _UNITS[(found[2] or "").lower()]) if "." in found[1] else int(found[1]) * _UNITS[(found[2] or "").lower()]
+
+
+def show_size(n: float) -> str:
+    """A number of bytes with a binary unit: ``3.2 GiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(n) < 1024:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+    return f"{n:.1f} TiB"
