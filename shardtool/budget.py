@@ -158,3 +158,15 @@ def available() -> int:
 def default_limit() -> int:
     """The memory limit of a run that was given none."""
     return max(64 << 20, min(DEFAULT_MOST, available() // 2))
+
+
+def peak_memory() -> int:
+    """The most memory that this process has had resident, in bytes (VmHWM; ``ru_maxrss`` where there is no /proc)."""
+    try:
+        with open("/proc/self/status", encoding="ascii", errors="replace") as lines:
+            return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak << 10

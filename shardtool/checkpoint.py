@@ -52,10 +52,11 @@ class WeightFile:
 
     def stored(self) -> dict[str, Stored]:
         """Where each tensor's bytes lie. Types narrower than a byte are taken as the bytes that hold them."""
-        return {entry.name: _stored(self.key, entry) for entry in self.header.entries}
+        return {entry.name: stored_of(self.key, entry) for entry in self.header.entries}
 
 
-def _stored(key: str, entry: Entry) -> Stored:
+def stored_of(key: str, entry: Entry) -> Stored:
+    """Where a header's entry lies. A type narrower than a byte is taken as the bytes that hold it."""
     if entry.dtype.bits % 8:
         return Stored(key, DType.U8, (entry.nbytes,), entry.offset)
     return Stored(key, entry.dtype, entry.shape, entry.offset)
@@ -96,11 +97,11 @@ class Checkpoint:
         """Where a rank's tensors lie. Raises ``NotFound`` for a rank that the checkpoint does not have."""
         if rank not in self.ranks:
             raise NotFound(f"{self.uri} has no rank {rank}; it has {_spans(self.ranks)}")
-        return {name: _stored(file.key, entry) for name, (file, entry) in self.entries(rank).items()}
+        return {name: stored_of(file.key, entry) for name, (file, entry) in self.entries(rank).items()}
 
     def catalog(self) -> dict[str, Tensor]:
         """Every whole tensor of a Hugging Face checkpoint, by name."""
-        return {name: whole(name, _stored(file.key, entry)) for name, (file, entry) in self.entries().items()}
+        return {name: whole(name, stored_of(file.key, entry)) for name, (file, entry) in self.entries().items()}
 
     def config_text(self) -> str:
         """The text of config.json. Raises ``NotFound`` where there is none."""
@@ -284,7 +285,7 @@ def logical(checkpoint: Checkpoint, made: Manifest) -> dict[str, Tensor]:
     found = invert(every, made.inventory)
     if any(dropped.kept for dropped in made.dropped):
         for name, (file, entry) in checkpoint.entries().items():
-            found[name] = whole(name, _stored(file.key, entry))
+            found[name] = whole(name, stored_of(file.key, entry))
     for copy, of in made.copies.items():
         if of in found:
             found[copy] = Tensor(copy, found[of].dtype, found[of].shape, found[of].pieces, stored=found[of].stored)

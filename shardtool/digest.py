@@ -89,6 +89,7 @@ class StreamDigester:
         """The next bytes."""
         at = 0
         while at < len(view):
+            assert self._left, "more bytes arrived than the tensors have"
             n = min(len(view) - at, self._left, self._chunk - self._in_chunk)
             part = view[at : at + n]
             self._identity.update(part)

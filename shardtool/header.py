@@ -54,6 +54,8 @@ def encode(tensors: Sequence[tuple[str, DType, tuple[int, ...]]], metadata: dict
     big: int | None = None
     for name, dtype, shape in tensors:
         nbytes = dtype.nbytes(math.prod(shape))
+        if name in table or name == "__metadata__":
+            raise FormatError(f"a file cannot hold a tensor {name!r} beside what has this name already; rename one of them")
         table[name] = {"dtype": dtype.name, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
         if big is None and nbytes >= BIG:
             big = offset
@@ -97,6 +99,10 @@ def parse(text: bytes, file_size: int, where: str) -> Header:
         metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FormatError(f"{where} is damaged: its __metadata__ is not a table of strings")
+    try:
+        "".join((*table, *metadata, *metadata.values())).encode()
+    except UnicodeEncodeError:  # JSON can spell half of a character
+        raise FormatError(f"{where} is damaged: its header has a name that is not text") from None
     base = 8 + len(text)
     entries = sorted((_entry(name, value, base, where) for name, value in table.items()), key=lambda e: (e.offset, e.nbytes))
     end = base
@@ -129,7 +135,7 @@ def _entry(name: str, value: Any, base: int, where: str) -> Entry:
         kind, shape, (start, end) = value["dtype"], value["shape"], value["data_offsets"]
     except (TypeError, KeyError, ValueError):
         raise FormatError(f"{where} is damaged: tensor {name!r} lacks dtype, shape or data_offsets") from None
-    if kind not in DType.__members__:
+    if not isinstance(kind, str) or kind not in DType.__members__:
         raise FormatError(f"{where}: tensor {name!r} has the unknown dtype {kind!r}")
     numbers = [*shape, start, end] if isinstance(shape, list) else [None]
     if not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers) or len(shape) > 64:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from shardtool.dtypes import DType
-from shardtool.errors import PlanError
+from shardtool.errors import PlanError, UnsupportedTransform
 from shardtool.plan import Catalog, Piece, Stored, Tensor, whole
 from shardtool.window import Window, join, row_major, simplify, union
 
@@ -31,6 +31,8 @@ def resolve(tensor: Tensor, catalog: Catalog) -> tuple[Piece, ...]:
         source = catalog.get(piece.source)
         if source is None:
             raise PlanError(f"tensor {tensor.name!r} is made of {piece.source!r}, which the source does not have")
+        if piece.src.bounds[1] > source.size:
+            raise PlanError(f"tensor {tensor.name!r} takes elements of {piece.source!r} that are beyond its {source.size}")
         if source.stored is not None:
             found.append(Piece(piece.dst, piece.src, source.stored))
             continue
@@ -93,8 +95,9 @@ def _first_of_each(key: Window, partner: Window) -> tuple[Window, Window]:
 
 def check_target(tensor: Tensor, pieces: Iterable[Piece]) -> None:
     """Refuse a target with elements that no piece fills and that are not declared padding, or that two pieces fill."""
-    filled, twice = union_of(piece.dst for piece in pieces)
-    if twice:
+    windows = [piece.dst for piece in pieces]
+    filled = union(windows)
+    if twice := sum(window.size for window in windows) - filled:
         raise PlanError(f"tensor {tensor.name!r}: {twice} of its elements would be written twice")
     if filled != tensor.size and tensor.fill is None:
         raise PlanError(f"tensor {tensor.name!r}: {tensor.size - filled} of its {tensor.size} elements come from nowhere")
@@ -102,11 +105,12 @@ def check_target(tensor: Tensor, pieces: Iterable[Piece]) -> None:
 
 def held_once(name: str, logical: Logical, windows: Iterable[Window]) -> str | None:
     """None when every element of a source tensor is held, else one sentence that says how many are not."""
-    held, _ = union_of(windows)
     size = math.prod(logical.shape)
-    return None if held >= size else f"{size - held} of the {size} elements of {name!r} are in no shard"
-
-
-def union_of(windows: Iterable[Window]) -> tuple[int, int]:
-    """How many elements the windows hold together, and how many in more than one window; equal windows are replicas."""
-    return union(list(windows))
+    windows = list(windows)
+    if any(window.bounds[1] > size for window in windows):
+        return f"the recipe takes elements of {name!r} that are beyond its {size}"
+    try:
+        held = union(windows)
+    except UnsupportedTransform as error:
+        return f"the recipe takes {name!r} in a way that cannot be checked: {error}"
+    return None if held == size else f"{size - held} of the {size} elements of {name!r} are in no shard"

@@ -39,17 +39,26 @@ class Pattern:
 
     def regex(self) -> re.Pattern[str]:
         """Matches the names that this pattern makes, with the fields as groups."""
-        made, seen = "", set()
+        made = ""
+        seen: dict[str, str | None] = {}
         for literal, field, spec, _ in string.Formatter().parse(self.text):
             made += re.escape(literal)
             if field is None:
                 continue
-            digits = r"\d+"
-            if width := (spec or "").rstrip("d"):
-                digits = rf"\d{{{int(width)},}}" if width.startswith("0") else rf" *\d+(?<=.{{{int(width)}}})"
-            made += f"(?P={field})" if field in seen else f"(?P<{field}>{digits})"
-            seen.add(field)
+            digits = _digits((spec or "").rstrip("d"))
+            again = f"(?P={field})" if seen.get(field) == spec else f"(?:{digits})"
+            made += again if field in seen else f"(?P<{field}>{digits})"
+            seen.setdefault(field, spec)
         return re.compile(made)
+
+
+def _digits(width: str) -> str:
+    """Matches a number as a format of this width writes it: filled up with zeros if the width starts with one, or spaces."""
+    if not width:
+        return r"\d+"
+    n = int(width)
+    spaced = [] if width.startswith("0") else [rf" {{{k}}}\d{{{n - k}}}" for k in range(1, n)]
+    return "|".join([rf"\d{{{n},}}", *spaced])
 
 
 def parse(text: str, *, tp: int, pp: int = 1) -> Pattern:

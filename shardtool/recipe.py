@@ -12,7 +12,7 @@ The recipe that is executed is the recipe that is recorded: plans are made from 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,12 +79,22 @@ class Recipe:
                         yield Tensor(name, rule.dtype, share.shape, _pieces_of(share, number), share.fill)
                     break
 
+    def by_name(self) -> Iterator[list[tuple[int, Tensor]]]:
+        """Every target with the ranks that hold it, one name at a time."""
+        for rule in self.rules:
+            for name, number in rule.names():
+                yield [
+                    (rank, Tensor(name, rule.dtype, share.shape, _pieces_of(share, number), share.fill))
+                    for share in rule.shares
+                    for rank in share.ranks
+                ]
+
     def ranks(self) -> tuple[int, ...]:
         """Every rank that holds anything."""
         return tuple(sorted({rank for rule in self.rules for share in rule.shares for rank in share.ranks}))
 
 
-def _pieces_of(share: Share, number: int | None) -> Any:
+def _pieces_of(share: Share, number: int | None) -> Callable[[], tuple[Piece, ...]]:
     def pieces() -> tuple[Piece, ...]:
         return tuple(Piece(p.dst, p.src, filled(str(p.source), number)) for p in share.pieces)
 
@@ -151,7 +161,7 @@ def from_json(value: Any, where: str) -> Recipe:
     """The recipe that JSON values say, checked: windows stay inside their targets. Raises ``FormatError``."""
     try:
         return Recipe(tuple(_rule(entry) for entry in value))
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         raise FormatError(f"{where}: the recipe is damaged ({error!r})") from None
 
 
@@ -171,14 +181,14 @@ def _rule(entry: Mapping[str, Any]) -> Rule:
 def _share(entry: Mapping[str, Any]) -> Share:
     shape = _sizes(entry["shape"])
     fill = entry.get("fill")
-    if fill is not None and not isinstance(fill, int | float):
+    if fill is not None and type(fill) not in (int, float):
         raise ValueError(f"the fill {fill!r} is not a number")
     pieces = tuple(_piece(piece, shape) for piece in entry["pieces"])
     end = row_major(shape).bounds[1]
     for piece in pieces:
         if piece.dst.bounds[1] > end:
             raise ValueError(f"a piece of {piece.source!r} leaves its target")
-    return Share(from_runs(entry["ranks"]), shape, pieces, fill)
+    return Share(from_runs(entry["ranks"]), shape, pieces, None if fill is None else float(fill))
 
 
 def _piece(entry: Mapping[str, Any], shape: tuple[int, ...]) -> Piece:

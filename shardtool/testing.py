@@ -317,8 +317,9 @@ class StoreContract:
         assert first == b"\0"
 
     def test_slices_are_as_long_as_the_unit(self, store: Store) -> None:
-        """A writer with a unit refuses a shorter slice unless it is the last; one without takes any."""
+        """A writer has the unit that was announced, and refuses a shorter slice unless it is the last."""
         writer = store.create("large", self.large)
+        assert writer.unit == store.unit(self.large)
         try:
             if writer.unit:
                 assert writer.unit < self.large

@@ -17,13 +17,16 @@ def parse_size(text: str | int, flag: str) -> int:
     found = _SIZE.fullmatch(text)
     if not found:
         raise UsageError(f"{flag} {text!r} is not a size; write for example 64MiB, 5GiB or a number of bytes")
-    return int(float(found[1]) * _UNITS[(found[2] or "").lower()]) if "." in found[1] else int(found[1]) * _UNITS[(found[2] or "").lower()]
+    unit = _UNITS[(found[2] or "").lower()]
+    return int(float(found[1]) * unit) if "." in found[1] else int(found[1]) * unit
 
 
 def show_size(n: float) -> str:
     """A number of bytes with a binary unit: ``3.2 GiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(n) < 1024:
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+    if abs(n) < 1024:
+        return f"{n:.0f} B"
+    for unit in ("KiB", "MiB", "GiB"):
         n /= 1024
-    return f"{n:.1f} TiB"
+        if abs(n) < 1023.95:  # what is shown as 1024.0 is one of the next unit
+            return f"{n:.1f} {unit}"
+    return f"{n / 1024:.1f} TiB"

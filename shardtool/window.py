@@ -20,7 +20,7 @@ strides do not divide each other is peeled row by row.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -291,16 +291,23 @@ def aligned(shape: tuple[int, ...], most: int) -> int:
     return max(1, most)
 
 
-def union(windows: list[Window]) -> tuple[int, int]:
-    """How many addresses the windows hold together, and how many of those more than once.
-
-    Equal windows count as one holding (replicas are declared by citing the same elements).
-    """
-    distinct = list(dict.fromkeys(simplify(w, w)[0] for w in windows))
+def union(windows: Iterable[Window]) -> int:
+    """How many addresses the windows hold together. A window that meets itself other than by standing still is refused."""
+    distinct = list(dict.fromkeys(_nested(window) for window in windows))
     total = 0
-    twice = 0
     for i, window in enumerate(distinct):
-        shared = sum(a.size for earlier in distinct[:i] for a, _ in join(window, window, earlier, earlier))
-        total += window.size - min(shared, window.size)
-        twice += shared
-    return total, twice
+        shared = [a for earlier in distinct[:i] for a, _ in join(window, window, earlier, earlier)]
+        total += window.size - (union(shared) if shared else 0)
+    return total
+
+
+def _nested(window: Window) -> Window:
+    """The window's addresses, each once: without the dimensions along which it stands still."""
+    (kept, _) = _split_broadcast(window, window)[1]
+    kept = simplify(kept, kept)[0]
+    extent = 1
+    for stride, n in sorted(zip(kept.strides, kept.shape, strict=True)):
+        if stride < extent and kept.size:
+            raise UnsupportedTransform(f"a window of shape {window.shape} with strides {window.strides} meets its elements twice")
+        extent += stride * (n - 1)
+    return kept

@@ -21,6 +21,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,9 @@ class S3Server:
     environ: dict[str, str]
     """What boto3 needs in the environment, for child processes too."""
 
+    @cached_property
     def client(self) -> Any:
-        """A boto3 client of this server, whatever the environment says; the caller closes it."""
+        """A boto3 client of this server, whatever the environment says."""
         import boto3.session
         from botocore.config import Config
 
@@ -51,9 +53,7 @@ class S3Server:
     def bucket(self, patch: pytest.MonkeyPatch) -> str:
         """Make a bucket that nobody else uses, and point boto3's environment to this server until ``patch`` ends."""
         name = f"test-{uuid.uuid4().hex}"
-        client = self.client()
-        client.create_bucket(Bucket=name)
-        client.close()
+        self.client.create_bucket(Bucket=name)
         for variable, value in self.environ.items():
             patch.setenv(variable, value)
         return name
@@ -84,7 +84,9 @@ def s3_server() -> Iterator[S3Server]:
             )
         try:
             _wait_for(process, port, log)
-            yield S3Server(environ["AWS_ENDPOINT_URL"], environ)
+            server = S3Server(environ["AWS_ENDPOINT_URL"], environ)
+            yield server
+            server.client.close()
         finally:
             _stop(process)
 
@@ -131,9 +133,10 @@ class Request:
 class Trouble:
     """What a proxy does to requests; may be changed while it runs.
 
-    The first ``refused`` requests that match are answered with ``status`` and ``code``. Bodies of answers to the next
-    ``cuts`` are cut after ``cut_after`` bytes, by a reset if ``reset``. The next ``lost`` reach the server, but their answers
-    do not come back. ``ignore_ranges`` asks for whole objects, ``answer_200`` claims that a range was not a range.
+    It happens to requests of one of the ``methods``. The next ``lost`` reach the server, but their answers do not come
+    back. Then the next ``refused`` are answered with ``status`` and ``code``, and the bodies of the next ``cuts`` end
+    after ``cut_after`` bytes, by a reset if ``reset``. ``ignore_ranges`` asks for whole objects, and ``answer_200``
+    claims that a range was not a range.
     """
 
     methods: tuple[str, ...] = ("GET", "PUT", "POST", "HEAD", "DELETE")
@@ -201,14 +204,15 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         with trouble.lock:
             trouble.seen.append(Request(method, self.path, self.headers.get("Range", "")))
+        if trouble.takes("lost", method):
+            self._ask(method, body)
+            self.close_connection = True
+            return
         if trouble.takes("refused", method):
             text = f"<?xml version='1.0'?><Error><Code>{trouble.code}</Code><Message>no</Message></Error>".encode()
             self._answer(trouble.status, [("Content-Type", "application/xml")], text, len(text))
             return
         status, headers, data = self._ask(method, body)
-        if trouble.takes("lost", method):
-            self.close_connection = True
-            return
         announced = next((int(value) for name, value in headers if name.lower() == "content-length"), len(data))
         if data and trouble.takes("cuts", method):
             data = data[: trouble.cut_after]
@@ -216,7 +220,7 @@ class _Handler(BaseHTTPRequestHandler):
             status, headers = 200, [item for item in headers if item[0].lower() != "content-range"]
         self._answer(status, headers, data, announced)
 
-    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _serve
+    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _serve  # noqa: N815 - the standard library chooses these names
 
     def _ask(self, method: str, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
         dropped = {"expect", "connection"} | ({"range"} if self.trouble.ignore_ranges else set())

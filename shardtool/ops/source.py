@@ -102,7 +102,16 @@ def sharded(checkpoint: Checkpoint, made: Manifest) -> Source:
 
 def _side_files(objects: Any) -> tuple[tuple[Object, ...], tuple[Object, ...]]:
     """The files that come along, config.json aside, and those that are too large to."""
-    plain = [o for o in objects if not _WEIGHTS.search(o.key) and not _HIDDEN.search(o.key) and o.key != CONFIG]
+    objects = list(objects)
+    models = {o.key.split("/")[0] for o in objects if "/" in o.key and _WEIGHTS.search(o.key)}  # folders with models of their own
+    plain = [
+        o
+        for o in objects
+        if o.key != CONFIG
+        and not _WEIGHTS.search(o.key)
+        and not _HIDDEN.search(o.key)
+        and not ("/" in o.key and o.key.split("/")[0] in models)
+    ]
     return tuple(o for o in plain if o.size <= MAX_SIDE), tuple(o for o in plain if o.size > MAX_SIDE)
 
 

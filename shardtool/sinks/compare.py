@@ -45,9 +45,11 @@ class CompareSink:
 
     staging = 2  # the expected tile and the stored bytes
 
-    def __init__(self, store: Store, stored: Stored) -> None:
+    def __init__(self, store: Store, stored: Stored, found: list[CompareSink]) -> None:
+        """``found``: where the sink puts itself when it sees its first difference."""
         self.stored = stored
         self.difference: Difference | None = None
+        self._found = found
         self._store = store
         self._lock = Lock()
 
@@ -62,6 +64,8 @@ class CompareSink:
         found = compare(memory[: tile.nbytes], actual, self.stored.dtype, tile.offset // self.stored.dtype.itemsize)
         if found:
             with self._lock:
+                if self.difference is None:
+                    self._found.append(self)
                 self.difference = found if self.difference is None else _joined(self.difference, found)
         release()
 

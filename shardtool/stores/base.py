@@ -24,6 +24,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Self
 
 from shardtool.errors import FormatError, NotFound, UsageError
 
@@ -155,7 +156,7 @@ class Store(ABC):
         """Remove an object; one that is not there is not an error."""
 
     def unit(self, size: int) -> int:
-        """The ``Writer.unit`` of an object of ``size`` bytes, so that memory can be planned before anything is created."""
+        """The ``Writer.unit`` of an object of ``size`` bytes, to plan memory before anything is created."""
         return 0
 
     def close(self) -> None:  # noqa: B027 - a store without resources need not override it
@@ -193,7 +194,7 @@ class Store(ABC):
         """How people are told where an object is."""
         return f"{self.uri.rstrip('/')}/{key}"
 
-    def __enter__(self) -> Store:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -219,7 +220,7 @@ def check_key(key: str) -> str:
 def octets(view: Buffer) -> memoryview:
     """The same memory as single bytes, whatever its items and shape were; it must be contiguous."""
     memory = memoryview(view)
-    return memory.cast("B") if memory.nbytes else memoryview(b"")
+    return memory.cast("B") if memory.nbytes else memoryview(bytearray())
 
 
 def target(start: int, view: memoryview) -> memoryview:

@@ -74,6 +74,10 @@ class CountingStore(Store):
         self._count("delete")
         self.inner.delete(key)
 
+    def unit(self, size: int) -> int:
+        """Pass on."""
+        return self.inner.unit(size)
+
     def close(self) -> None:
         """Close the inner store."""
         self.inner.close()

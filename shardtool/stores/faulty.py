@@ -112,6 +112,10 @@ class FaultyStore(Store):
         self.inner.delete(key)
         _raise_after(fault)
 
+    def unit(self, size: int) -> int:
+        """Pass on."""
+        return self.inner.unit(size)
+
     def close(self) -> None:
         """Close the inner store."""
         self.inner.close()

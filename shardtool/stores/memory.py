@@ -52,6 +52,10 @@ class MemoryStore(Store):
         with self._lock:
             self._objects.pop(check_key(key), None)
 
+    def unit(self, size: int) -> int:
+        """The unit that this store was made with."""
+        return self._unit
+
     def _get(self, key: str) -> bytes:
         with self._lock:
             if key not in self._objects:

@@ -43,10 +43,10 @@ class S3Store(Store):
     """The objects below ``s3://bucket/prefix``.
 
     A request that fails in a way that may pass is tried ``attempts`` times, after waits that double from ``backoff``
-    seconds and are random, so that many readers do not come back at once. Each try may be several of botocore's.
+    seconds and are random, so that many readers do not come back at once. Each try may be up to three of botocore's.
     """
 
-    def __init__(self, uri: str, *, attempts: int = 5, backoff: float = 0.25) -> None:
+    def __init__(self, uri: str, *, attempts: int = 5, backoff: float = 0.5) -> None:
         bucket, _, prefix = uri.partition("://")[2].partition("/")
         prefix = prefix.strip("/")
         if not uri.startswith("s3://") or not bucket:
@@ -56,7 +56,7 @@ class S3Store(Store):
         self._prefix = f"{check_key(prefix)}/" if prefix else ""
         self._attempts = max(1, attempts)
         self._backoff = backoff
-        self._client = _client(self.uri)
+        self._client = _client(self.uri, attempts=min(3, self._attempts))
 
     def list(self, prefix: str = "") -> Iterator[Object]:
         """The objects whose key starts with ``prefix``, asked for in pages; markers of empty folders are hidden."""
@@ -105,6 +105,10 @@ class S3Store(Store):
     def delete(self, key: str) -> None:
         """Remove an object; one that is not there is not an error."""
         self._tried(key, "delete_object")
+
+    def unit(self, size: int) -> int:
+        """0 for what goes in one request, otherwise the least part with which the parts suffice, in whole MiB."""
+        return 0 if size <= _SMALL else max(_LEAST_PART, -(-size // (_PARTS * _MIB)) * _MIB)
 
     def close(self) -> None:
         """Close the connections."""
@@ -241,8 +245,7 @@ class _PartsWriter(CheckedWriter):
     """A multipart upload. An upload whose abort fails stays behind, invisible, until the bucket's rules remove it."""
 
     def __init__(self, store: S3Store, key: str, size: int) -> None:
-        unit = max(_LEAST_PART, -(-size // _PARTS))
-        super().__init__(store.locate(key), size, unit=-(-unit // _MIB) * _MIB)
+        super().__init__(store.locate(key), size, unit=store.unit(size))
         self._store = store
         self._key = key
         self._mark = secrets.token_hex(16)
@@ -310,7 +313,7 @@ class _Body(io.RawIOBase):
         return bytes(piece)
 
 
-def _client(where: str) -> Any:
+def _client(where: str, *, attempts: int) -> Any:
     """A client for many threads, as boto3's settings want it, but for what servers other than Amazon's stumble on."""
     try:
         import boto3.session
@@ -325,7 +328,7 @@ def _client(where: str) -> Any:
             config=Config(
                 request_checksum_calculation="when_required",
                 response_checksum_validation="when_required",
-                retries={"mode": "standard", "total_max_attempts": 4},
+                retries={"mode": "standard", "total_max_attempts": attempts},
                 max_pool_connections=128,
                 connect_timeout=10,
                 read_timeout=60,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import resource
 import signal
 import stat
@@ -13,6 +14,7 @@ import tempfile
 import textwrap
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -88,7 +90,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def python(code: str, *arguments: object, **settings: object) -> subprocess.Popen[str]:
+def python(code: str, *arguments: object) -> subprocess.Popen[str]:
     """A process that runs ``code`` with the store's module at hand and its arguments in ``sys.argv[1:]``."""
     return subprocess.Popen(
         [sys.executable, "-c", "import sys\n" + textwrap.dedent(code), *map(str, arguments)],
@@ -96,7 +98,6 @@ def python(code: str, *arguments: object, **settings: object) -> subprocess.Pope
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        **settings,
     )
 
 
@@ -496,7 +497,7 @@ class LocalAgainstMemory(RuleBasedStateMachine):
 
     def both(self, call: Callable[[Store], object]) -> object:
         """The answer or the kind of error that both stores give."""
-        return self.same([call_or_error(lambda store=store: call(store)) for store in self.stores])
+        return self.same([call_or_error(partial(call, store)) for store in self.stores])
 
     @staticmethod
     def same(answers: list[object]) -> object:
@@ -534,18 +535,18 @@ class LocalAgainstMemory(RuleBasedStateMachine):
         self.writers.append((tuple(store.create(key, len(data), exclusive=exclusive) for store in self.stores), data))
 
     @rule(chance=st.randoms(use_true_random=False), offset=st.integers(0, 8), size=st.integers(0, 8))
-    def write(self, chance: object, offset: int, size: int) -> None:
+    def write(self, chance: random.Random, offset: int, size: int) -> None:
         if self.writers:
             writers, data = chance.choice(self.writers)
             piece = data[offset : offset + size]
-            self.same([call_or_error(lambda w=writer: w.write(offset, piece)) for writer in writers])
+            self.same([call_or_error(partial(writer.write, offset, piece)) for writer in writers])
 
     @rule(chance=st.randoms(use_true_random=False), end=st.sampled_from(["commit", "abort"]), rest=st.booleans())
-    def end(self, chance: object, end: str, rest: bool) -> None:
+    def end(self, chance: random.Random, end: str, rest: bool) -> None:
         if self.writers:
             writers, data = chance.choice(self.writers)
             if rest:
-                self.same([call_or_error(lambda w=writer: w.write(0, data)) for writer in writers])
+                self.same([call_or_error(partial(writer.write, 0, data)) for writer in writers])
             self.same([call_or_error(getattr(writer, end)) for writer in writers])
 
     @invariant()

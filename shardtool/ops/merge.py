@@ -1,0 +1,135 @@
+"""``merge``: shards become a Hugging Face checkpoint again, tensor for tensor as the source was."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from shardtool import digest, header
+from shardtool.checkpoint import CONFIG, INDEX
+from shardtool.dtypes import DType, lossless
+from shardtool.errors import NotFound, PlanError
+from shardtool.manifest import FileRecord, Manifest
+from shardtool.mosaic import Logical
+from shardtool.ops import source as sources
+from shardtool.ops.source import Source
+from shardtool.ops.verify import check_input
+from shardtool.ops.write import Job, Summary, run, split_parts, summary
+from shardtool.plan import File, Piece, Tensor
+from shardtool.stores import open_store
+from shardtool.stores.base import Store
+from shardtool.units import parse_size
+from shardtool.window import row_major
+
+FILE_SIZE = 5 * 10**9
+"""Bytes of a file at most, as Hugging Face splits them."""
+
+
+def merge(
+    uri: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    source_pattern: str | None = None,
+    max_part_size: int | str = FILE_SIZE,
+    verify: bool = True,
+    memory_limit: int | str | None = None,
+    concurrency: int | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Summary:
+    """Write the Hugging Face checkpoint that shards were made from: files with an index, the original config, the side files.
+
+    Tensors equal the source's byte for byte. What ``save`` dropped without keeping, or narrowed by ``--dtype``, is named in the notes; a narrowed
+    tensor stays in the shards' dtype. ``verify``: check the input's digests first.
+    """
+    limit = None if memory_limit is None else parse_size(memory_limit, "--memory-limit")
+    source = sources.open_source(os.fspath(uri), shard_pattern=source_pattern)
+    if source.origin is None:
+        raise PlanError(f"{source.uri} is not sharded; there is nothing to merge")
+    if verify and not dry_run:
+        check_input(source, memory_limit=limit, concurrency=concurrency)
+    with open_store(os.fspath(output)) as to:
+        job = plan(source, source.origin, parse_size(max_part_size, "--max-part-size"))
+        if dry_run:
+            return summary(job, to, memory_limit=limit)
+        return run(job, to, memory_limit=limit, concurrency=concurrency, ranks=None, overwrite=overwrite, progress=progress)
+
+
+def plan(source: Source, origin: Manifest, most: int) -> Job:
+    """The job that writes the whole tensors. Reads and writes nothing."""
+    lost = {d.name: d.reason for d in origin.dropped if not d.kept}
+    narrowed: dict[str, DType] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, logical in source.inventory.items():
+        if name in lost:
+            continue
+        held = source.catalog.get(name)
+        if held is None:
+            raise PlanError(f"{source.uri} does not hold {name!r}, which its manifest lists")
+        dtype = logical.dtype
+        if not lossless(dtype, held.dtype):
+            narrowed[name] = dtype = held.dtype
+        tensors[name] = Tensor(name, dtype, logical.shape, _itself(name, logical))
+    part_of = split_parts({name: t.nbytes for name, t in tensors.items()}, most)
+    count = max(part_of.values(), default=0) + 1
+    files = []
+    for part in range(count):
+        chosen = [t for name, t in tensors.items() if part_of[name] == part]
+        chosen.sort(key=lambda t: header.sort_key(t.name, t.dtype))
+        key = f"model-{part + 1:05d}-of-{count:05d}.safetensors"
+        files.append((part, File(key, None, tuple(chosen), (("format", "pt"),))))
+    config = sources.amended(source.config_text, _config_amendments(origin, narrowed))
+    index = _index(files)
+    plain = replace(origin, files=())
+
+    def commit(store: Store, records: Sequence[FileRecord]) -> None:
+        sources.write_side_files(source, config, store)
+        store.put(INDEX, index, exclusive=True)
+
+    def committed(store: Store) -> bool:
+        try:
+            return store.get(INDEX, limit=len(index)) == index and store.get(CONFIG, limit=len(config)) == config
+        except NotFound:
+            return False
+
+    return Job(
+        what=f"the merged checkpoint of {source.uri}",
+        fingerprint=digest.of_bytes(f"merge {plain.fingerprint} {most}".encode())[:32],
+        files=tuple(files),
+        catalog=source.catalog,
+        source=source.store,
+        commit=commit,
+        committed=committed,
+        stale=lambda key: key.endswith((".safetensors", ".safetensors.index.json")) and "/" not in key,
+        notes=tuple(_notes(lost, narrowed)),
+        details={"tensors": len(tensors), "dropped": sorted(lost), "narrowed": sorted(narrowed)},
+    )
+
+
+def _itself(name: str, logical: Logical) -> Callable[[], tuple[Piece, ...]]:
+    window = row_major(logical.shape)
+    return lambda: (Piece(window, window, name),)
+
+
+def _config_amendments(origin: Manifest, narrowed: dict[str, DType]) -> dict[str, Any]:
+    """The original config, but for the dtype where tensors come back narrower than it says."""
+    return {k: v for k, v in origin.amendments.items() if k in ("dtype", "torch_dtype")} if narrowed else {}
+
+
+def _index(files: Sequence[tuple[int, File]]) -> bytes:
+    weight_map = {t.name: file.key for _, file in files for t in file.tensors}
+    total = sum(file.data_size for _, file in files)
+    table = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _notes(lost: dict[str, str], narrowed: dict[str, DType]) -> list[str]:
+    notes = [f"{name} was dropped and not kept: {reason}" for name, reason in sorted(lost.items())]
+    if narrowed:
+        first = min(narrowed)
+        notes.append(f"{len(narrowed)} tensors were narrowed when they were saved and stay {narrowed[first].name}, first {first}")
+    return notes

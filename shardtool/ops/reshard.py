@@ -1,0 +1,59 @@
+"""``reshard``: shards of one tp become shards of another, without the source model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+from shardtool import pattern
+from shardtool.errors import PlanError
+from shardtool.ops import source as sources
+from shardtool.ops.save import PART_SIZE, convert
+from shardtool.ops.verify import check_input
+from shardtool.ops.write import Summary
+
+from shardtool.units import parse_size
+
+
+def reshard(
+    uri: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    tp: int,
+    pattern: str = pattern.DEFAULT,
+    source_pattern: str | None = None,
+    max_part_size: int | str = PART_SIZE,
+    verify: bool = True,
+    ranks: Sequence[int] | None = None,
+    memory_limit: int | str | None = None,
+    concurrency: int | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Summary:
+    """Write the shards of another ``tp``: byte for byte what ``save`` at that tp writes.
+
+    The layout's table in the manifest is evaluated again, so that nothing but the checkpoint is needed. ``verify``: check the input's digests
+    first. ``source_pattern``: the names of shards without a manifest. The rest is as in ``save``.
+    """
+    limit = None if memory_limit is None else parse_size(memory_limit, "--memory-limit")
+    source = sources.open_source(os.fspath(uri), shard_pattern=source_pattern)
+    if source.origin is None:
+        raise PlanError(f"{source.uri} is not sharded; use shardtool save")
+    if verify and not dry_run:
+        check_input(source, memory_limit=limit, concurrency=concurrency)
+    return convert(
+        source,
+        os.fspath(output),
+        tp=tp,
+        text=pattern,
+        max_part_size=parse_size(max_part_size, "--max-part-size"),
+        dtype="auto",
+        keep_dropped=False,
+        ranks=ranks,
+        memory_limit=limit,
+        concurrency=concurrency,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        progress=progress,
+    )

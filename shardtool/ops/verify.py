@@ -1,0 +1,403 @@
+"""``verify``: is a checkpoint whole, are its bytes what was written, are they what the source says?
+
+Three depths: structure (headers, names, coverage), digests, and equality with another model under the recipe, without merging.
+Differences are returned, not raised; an error means that it was not possible to look.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from shardtool import digest, schedule
+from shardtool.budget import Arena, default_limit
+from shardtool.checkpoint import Checkpoint, WeightFile, open_checkpoint, with_headers
+from shardtool.dtypes import castable
+from shardtool.engine import execute
+from shardtool.errors import BudgetTooSmall, ChecksumMismatch, FormatError, ShardtoolError, StoreError, UnsupportedModel
+from shardtool.layouts import vllm
+from shardtool.layouts.base import Model, Parallel
+from shardtool.manifest import FileRecord, Manifest
+from shardtool.mosaic import Logical, resolve
+from shardtool.ops import source as sources
+from shardtool.ops import structure
+from shardtool.ops.source import Source
+from shardtool.ops.structure import FileCheck
+from shardtool.ops.write import CONCURRENCY, DEPTH, READ, STEP, UNLIMITED
+from shardtool.plan import Catalog, File, Piece, Stored, Tensor
+from shardtool.schedule import Target, whole_target
+from shardtool.sinks.compare import CompareSink, Difference
+from shardtool.sinks.digest import DigestSink
+from shardtool.stores.base import Store
+from shardtool.units import parse_size, show_size
+from shardtool.window import row_major
+
+Told = Callable[[int, int], None] | None
+
+
+@dataclass(frozen=True, slots=True)
+class TensorDifference:
+    """A stored tensor that is not what the other side says: where, or why it could not be compared."""
+
+    name: str
+    rank: int | None
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+    difference: Difference | None = None
+    why: str = ""
+
+
+@dataclass(slots=True)
+class Report:
+    """What was looked at and what was found. ``depth``: structure, digests or equality."""
+
+    uri: str
+    kind: str
+    depth: str
+    files: list[FileCheck] = field(default_factory=list)
+    differences: list[TensorDifference] = field(default_factory=list)
+    tensors: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.differences and all(file.ok for file in self.files)
+
+    @property
+    def exit_code(self) -> int:
+        """0 fine, 1 difference or damage, 4 when files are missing and nothing else is wrong."""
+        if self.ok:
+            return 0
+        return 4 if not self.differences and all(file.ok or file.missing for file in self.files) else 1
+
+
+def verify(
+    uri: str | os.PathLike[str],
+    *,
+    against: str | os.PathLike[str] | None = None,
+    quick: bool = False,
+    pattern: str | None = None,
+    memory_limit: int | str | None = None,
+    concurrency: int | None = None,
+    progress: Told = None,
+) -> Report:
+    """Check a checkpoint: its structure, then its digests (not with ``quick``), then against another model or sharding.
+
+    ``against``: the source model, or shards of any tp; every tensor of every rank is compared with what the recipe takes from it.
+    ``pattern``: the names of shards without a manifest. Returns a report; ``report.ok`` and ``report.exit_code`` say how it went.
+    """
+    began = time.monotonic()
+    limit = None if memory_limit is None else parse_size(memory_limit, "--memory-limit")
+    uri = os.fspath(uri)
+    try:
+        checkpoint = open_checkpoint(uri, shard_pattern=pattern)
+    except FormatError as error:
+        return Report(uri, "unknown", "structure", [FileCheck(structure.WHOLE, why=[str(error)])])
+    report = Report(uri, checkpoint.kind, "structure")
+    made = _structure(checkpoint, report, quick=quick)
+    if checkpoint.manifest is not None:
+        report.files, files = structure.check_files(checkpoint, checkpoint.manifest)
+        report.files += structure.check_side_files(checkpoint, checkpoint.manifest, digests=not quick)
+        checkpoint = Checkpoint(uri, checkpoint.store, checkpoint.kind, tuple(files), checkpoint.manifest)
+        if not quick:
+            report.depth = "digests"
+            _digests(checkpoint.store, files, checkpoint.manifest, report, limit, concurrency, progress)
+    if against is not None and not quick:
+        report.depth = "equality"
+        _against(checkpoint, made, sources.open_source(os.fspath(against)), report, limit, concurrency, progress)
+    report.seconds = time.monotonic() - began
+    return report
+
+
+def _structure(checkpoint: Checkpoint, report: Report, *, quick: bool) -> Manifest | None:
+    """The recipe to go by: the manifest's, or one inferred for shards without a manifest."""
+    if checkpoint.manifest is not None:
+        return checkpoint.manifest
+    made = None
+    if checkpoint.kind == "shards":
+        try:
+            made = sources.infer(checkpoint)
+        except UnsupportedModel as error:
+            report.notes.append(f"only the files were compared with each other: {error}")
+        except StoreError:
+            raise
+        except ShardtoolError as error:
+            report.notes.append(f"only the files were compared with each other: {error}")
+        report.files = structure.check_shards(checkpoint, made)
+    else:
+        report.files = [FileCheck(file.key, file.size) for file in checkpoint.files]
+        checkpoint.entries()
+    report.tensors = sum(len(file.header.entries) for file in checkpoint.files)
+    if not quick:
+        report.notes.append("there is no manifest, so that there are no digests to check")
+    return made
+
+
+def _arena(limit: int | None, files: int, staging: int) -> Arena:
+    """Memory for reading ``files`` files side by side."""
+    least = max(1, files) * staging * (schedule.FLOOR + schedule.ALIGN) + schedule.FLOOR + schedule.ALIGN
+    if limit is None:
+        limit = default_limit()
+    elif limit == -1:
+        limit = UNLIMITED
+    elif limit == 0:
+        limit = least
+    if limit < least:
+        raise BudgetTooSmall(f"--memory-limit {show_size(limit)} is too small to verify: {least} bytes would do", needed=least)
+    return Arena(min(limit, UNLIMITED))
+
+
+def _run(groups: Iterator[list[Target]], store: Store, arena: Arena, concurrency: int | None, progress: Told, total: int) -> int:
+    """Bring groups to their sinks; returns the bytes of their tiles."""
+    done = 0
+
+    def tell(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress is not None:
+            progress(done, total)
+
+    want = max(1, min(STEP, arena.size // DEPTH))
+    steps = schedule.steps(groups, limit=arena.size, want=want, longest=min(READ, want))
+    execute(steps, store, arena, readers=concurrency or CONCURRENCY, progress=tell)
+    return done
+
+
+def _file_of(file: WeightFile) -> tuple[File, int]:
+    """A file that exists as the plan of itself, and where its tensors begin."""
+    tensors = []
+    for name, stored in file.stored().items():
+        tensors.append(Tensor(name, stored.dtype, stored.shape, tuple, stored=stored))
+    return File(file.key, file.rank, tuple(tensors)), file.header.data_offset
+
+
+def _digests(
+    store: Store,
+    files: Sequence[WeightFile],
+    made: Manifest,
+    report: Report,
+    limit: int | None,
+    concurrency: int | None,
+    progress: Told,
+) -> None:
+    """Read every file that is whole and compare its digests with the manifest."""
+    checks = {check.key: check for check in report.files}
+    records = {record.key: record for record in made.files}
+    sound = [file for file in files if checks[file.key].ok]
+    side_by_side = max(1, min(8, len(sound)))
+    arena = _arena(limit, side_by_side, 1)
+    total = sum(file.size for file in sound)
+    sinks: dict[str, DigestSink] = {}
+
+    def groups() -> Iterator[list[Target]]:
+        """Tensor by tensor of several files at a time, so that each is hashed by a thread of its own."""
+        for first in range(0, len(sound), side_by_side):
+            queues = []
+            for file in sound[first : first + side_by_side]:
+                plan, start = _file_of(file)
+                sinks[file.key] = DigestSink(plan, start)
+                queues.append(_in_order(plan, sinks[file.key]))
+            while group := [target for queue in queues if (target := next(queue, None)) is not None]:
+                yield group
+
+    report.bytes += _run(groups(), store, arena, concurrency, progress, total)
+    for file in sound:
+        found = sinks[file.key].digests()
+        checks[file.key].why += _unlike(records[file.key], file, found)
+        report.tensors += len(found)
+
+
+def _in_order(file: File, sink: DigestSink) -> Iterator[Target]:
+    for tensor in file.tensors:
+        assert tensor.stored is not None
+        if tensor.size:
+            yield whole_target(tensor, tensor.stored, sink, tensor.stored.offset, 1)
+
+
+def _unlike(record: FileRecord, file: WeightFile, found: Sequence[digest.TensorDigest]) -> list[str]:
+    """One sentence for each tensor whose bytes are not those that were written."""
+    troubles = []
+    for said, has, entry in zip(record.tensors, found, file.header.entries, strict=True):
+        if said.digest == has:
+            continue
+        chunks = [i for i, (a, b) in enumerate(zip(said.digest.chunks, has.chunks, strict=False)) if a != b]
+        start = chunks[0] * digest.CHUNK if chunks else 0
+        end = min(entry.nbytes, start + digest.CHUNK)
+        troubles.append(f"tensor {said.name!r} differs from its digest, first in its bytes {start} to {end}")
+    return troubles
+
+
+def check_input(source: Source, *, memory_limit: int | None, concurrency: int | None) -> None:
+    """Check the digests of shards that are about to be converted. Raises ``ChecksumMismatch`` that names the first damage."""
+    if source.origin is None or not source.origin.files:
+        return
+    checkpoint = with_headers(Checkpoint(source.uri, source.store, "sharded", (), source.origin))
+    report = Report(source.uri, "sharded", "digests")
+    report.files = [FileCheck(file.key, file.size) for file in checkpoint.files]
+    for file, record, check in zip(checkpoint.files, source.origin.files, report.files, strict=True):
+        if file.size != record.size:
+            check.why.append(f"{file.size} bytes, the manifest says {record.size}")
+    _digests(source.store, checkpoint.files, source.origin, report, memory_limit, concurrency, None)
+    bad = [check for check in report.files if not check.ok]
+    if bad:
+        raise ChecksumMismatch(
+            f"{source.store.locate(bad[0].key)}: {bad[0].why[0]}; nothing was written, restore the file"
+            + (f" ({len(bad)} files are damaged)" if len(bad) > 1 else "")
+        )
+
+
+def _against(
+    checkpoint: Checkpoint,
+    made: Manifest | None,
+    other: Source,
+    report: Report,
+    limit: int | None,
+    concurrency: int | None,
+    progress: Told,
+) -> None:
+    """Compare every stored tensor with what the other model says it should be."""
+    if checkpoint.kind == "huggingface":
+        compared, total = _whole_tensors(checkpoint, other, report), sum(file.size for file in checkpoint.files)
+    else:
+        if checkpoint.manifest is None:
+            made = _recipe_for(checkpoint, other)
+        assert made is not None
+        if not _same_inventory(checkpoint, made, other, report):
+            return
+        compared, total = _rank_tensors(checkpoint, made, other, report), sum(file.size for file in checkpoint.files)
+    found: list[CompareSink] = []
+    report.tensors = 0
+
+    def groups() -> Iterator[list[Target]]:
+        for group in compared:
+            report.tensors += len(group)
+            yield [Target(c.tensor, c.pieces, CompareSink(checkpoint.store, c.stored, found), 0, 2) for c in group]
+
+    arena = _arena(limit, max(1, len(checkpoint.ranks)), CompareSink.staging)
+    report.bytes += _run(groups(), other.store, arena, concurrency, progress, total)
+    rank_of = {file.key: file.rank for file in checkpoint.files}
+    names = {(file.key, e.offset): e.name for file in checkpoint.files for e in file.header.entries if e.nbytes} if found else {}
+    for sink in sorted(found, key=lambda sink: (sink.stored.key, sink.stored.offset)):
+        stored = sink.stored
+        name = names[stored.key, stored.offset]
+        report.differences.append(
+            TensorDifference(name, rank_of[stored.key], stored.key, stored.shape, stored.dtype.name, sink.difference)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Compared:
+    """A stored tensor, and the pieces of the other side that it should be made of."""
+
+    tensor: Tensor
+    stored: Stored
+    pieces: tuple[Piece, ...]
+
+
+def _whole_tensors(checkpoint: Checkpoint, other: Source, report: Report) -> Iterator[list[_Compared]]:
+    """A Hugging Face checkpoint, tensor by tensor."""
+    own = checkpoint.catalog()
+    for name in sorted(set(own) | set(other.catalog)):
+        if name not in own:
+            report.differences.append(_apart(name, other.catalog[name], "", f"{checkpoint.uri} lacks it"))
+            continue
+        tensor, expected = own[name], other.catalog.get(name)
+        stored = tensor.stored
+        assert stored is not None
+        if expected is None:
+            report.differences.append(_apart(name, tensor, stored.key, f"{other.uri} lacks it"))
+        elif (expected.dtype, expected.shape) != (tensor.dtype, tensor.shape):
+            report.differences.append(
+                _apart(name, tensor, stored.key, f"it is {expected.dtype.name} {list(expected.shape)} in {other.uri}")
+            )
+        else:
+            yield from _one(_itself(name, stored), None, stored, other.catalog, report)
+
+
+def _itself(name: str, stored: Stored) -> Tensor:
+    """A tensor that should equal the other side's of the same name."""
+    window = row_major(stored.shape)
+    return Tensor(name, stored.dtype, stored.shape, lambda: (Piece(window, window, name),))
+
+
+def _apart(name: str, tensor: Tensor, key: str, why: str, rank: int | None = None) -> TensorDifference:
+    return TensorDifference(name, rank, key, tensor.shape, tensor.dtype.name, None, why)
+
+
+def _same_inventory(checkpoint: Checkpoint, made: Manifest, other: Source, report: Report) -> bool:
+    """Whether both sides are of the same source tensors; what differs is reported."""
+    equal = sources.equal_in(other, memoryview(bytearray(1 << 20)))
+    for name in sorted(set(made.inventory) | set(other.inventory)):
+        mine, theirs = made.inventory.get(name), other.inventory.get(name)
+        if mine is None:
+            why = f"{checkpoint.uri} lacks it"
+        elif theirs is None:
+            why = f"{other.uri} lacks it"
+        elif mine.shape != theirs.shape:
+            why = f"its shape in {other.uri} is {list(theirs.shape)}"
+        elif name in made.copies and not equal(name, made.copies[name]):
+            why = f"it is not equal to {made.copies[name]!r} in {other.uri}, but the shards hold one tensor for both"
+        else:
+            continue
+        shown = mine or theirs or Logical(made.dtype, ())
+        report.differences.append(TensorDifference(name, None, "", shown.shape, shown.dtype.name, None, why))
+    return not report.differences
+
+
+def _rank_tensors(checkpoint: Checkpoint, made: Manifest, other: Source, report: Report) -> Iterator[list[_Compared]]:
+    """Rank files, every tensor of every rank, and what is kept beside them."""
+    held = {rank: checkpoint.held(rank) for rank in checkpoint.ranks}
+    for every in made.recipe.by_name():
+        group: list[_Compared] = []
+        for rank, tensor in every:
+            stored = held.get(rank, {}).pop(tensor.name, None)
+            if stored is None:
+                report.differences.append(_apart(tensor.name, tensor, "", f"rank {rank} lacks it", rank))
+            elif (stored.dtype, stored.shape) != (tensor.dtype, tensor.shape):
+                why = f"it is {stored.dtype.name} {list(stored.shape)} there"
+                report.differences.append(_apart(tensor.name, tensor, stored.key, why, rank))
+            else:
+                for compared in _one(tensor, rank, stored, other.catalog, report):
+                    group += compared
+        if group:
+            yield group
+    for rank, rest in held.items():
+        for name, stored in rest.items():
+            extra = Tensor(name, stored.dtype, stored.shape, tuple)
+            report.differences.append(_apart(name, extra, stored.key, "the recipe does not know it", rank))
+    for name, (file, _) in checkpoint.entries().items():
+        if name in other.catalog:
+            stored = file.stored()[name]
+            yield from _one(_itself(name, stored), None, stored, other.catalog, report)
+
+
+def _one(
+    tensor: Tensor, rank: int | None, stored: Stored, catalog: Catalog, report: Report
+) -> Iterator[list[_Compared]]:
+    """The comparison of one tensor, unless the other side cannot be cast to it."""
+    pieces = resolve(tensor, catalog)
+    for piece in pieces:
+        assert isinstance(piece.source, Stored)
+        if not castable(piece.source.dtype, tensor.dtype):
+            report.differences.append(_apart(tensor.name, tensor, stored.key, f"its source is {piece.source.dtype.name}", rank))
+            return
+    yield [_Compared(tensor, stored, pieces)]
+
+
+def _recipe_for(checkpoint: Checkpoint, other: Source) -> Manifest:
+    """The recipe of shards without a manifest, from the very model that they shall be compared with."""
+    made = sources.infer(checkpoint)
+    if other.origin is not None:
+        return made
+    layout = vllm.for_config(other.config)
+    head, embed = layout.family.tied
+    both = {head, embed} <= set(checkpoint.held(0))  # the engine held them apart: then they are stored apart
+    equal = (lambda _a, _b: False) if both else sources.equal_in(other, memoryview(bytearray(1 << 20)))
+    outline = layout.outline(Model(other.config, other.inventory, made.dtype, equal), Parallel(made.tp))
+    return replace(made, recipe=outline.recipe, inventory=other.inventory)

@@ -1,0 +1,225 @@
+"""Recipes: what is written down is what is read back, and what is damaged is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shardtool.dtypes import DType
+from shardtool.errors import FormatError
+from shardtool.plan import Piece
+from shardtool.recipe import Recipe, Rule, Share, filled, from_json, from_runs, runs, to_json
+from shardtool.window import Window, row_major
+from tests.strategies import Draw, dtypes, names, shapes, views
+
+PLAIN = names().filter(lambda name: "{i}" not in name)
+SLOTTED = st.tuples(PLAIN, PLAIN).map("{i}".join)
+
+
+@st.composite
+def shares(draw: Draw, ranks: tuple[int, ...], sources: st.SearchStrategy[str]) -> Share:
+    """What some ranks hold: pieces of any windows inside the target."""
+    shape = draw(shapes(dims=3))
+    pieces = []
+    for _ in range(draw(st.integers(0, 3))):
+        dst = draw(st.one_of(st.just(row_major(shape)), views(shape).map(lambda view: view.window)))
+        strides = tuple(draw(st.integers(0, 99)) for _ in dst.shape)
+        src = draw(st.one_of(st.just(dst), st.just(Window(draw(st.integers(0, 99)), dst.shape, strides))))
+        pieces.append(Piece(dst, src, draw(sources)))
+    return Share(ranks, shape, tuple(pieces), draw(st.sampled_from([None, 0.0, 1.0, -0.5])))
+
+
+@st.composite
+def rules(draw: Draw) -> Rule:
+    """One target, or one for each of some layers; the ranks divided into one or two groups."""
+    index = tuple(draw(st.lists(st.integers(0, 99), unique=True, max_size=5)))
+    name = draw(SLOTTED if index else PLAIN)
+    groups = draw(st.sampled_from([((0, 1, 2, 3),), ((0,), (1, 2, 3)), ((0, 2), (1, 3))]))
+    return Rule(name, draw(dtypes()), tuple(draw(shares(ranks, PLAIN)) for ranks in groups), index)
+
+
+RECIPES = st.lists(rules(), max_size=4).map(lambda found: Recipe(tuple(found)))
+
+
+@given(RECIPES)
+def test_a_recipe_is_read_back_from_json_as_it_was(recipe: Recipe):
+    assert from_json(json.loads(json.dumps(to_json(recipe))), "shardtool.json") == recipe
+
+
+@given(st.lists(st.integers(0, 30)))
+def test_runs_are_the_numbers_and_each_run_goes_as_far_as_it_can(numbers: list[int]):
+    made = runs(numbers)
+    assert from_runs(made) == tuple(numbers)
+    assert all(a[1] != b[0] for a, b in zip(made, made[1:], strict=False))
+
+
+def test_a_whole_tensor_is_written_down_as_its_name_alone():
+    window = row_major((2, 3))
+    share = Share((0,), (2, 3), (Piece(window, window, "a"), Piece(window, window.moved(1), "b")))
+    one, other = to_json(Recipe((Rule("t", DType.F32, (share,)),)))[0]["shares"][0]["pieces"]
+    assert one == {"of": "a"}
+    assert other == {"of": "b", "shape": [2, 3], "to": [0, 3, 1], "from": [1, 3, 1]}
+
+
+def test_a_rule_makes_one_target_for_each_number_with_the_number_in_every_name():
+    window = row_major((2,))
+    shares = tuple(Share((rank,), (2,), (Piece(window, window, f"old.{{i}}.w{rank}"),)) for rank in (0, 1))
+    recipe = Recipe((Rule("new.{i}.w", DType.F32, shares, (0, 7)), Rule("head", DType.F32, shares[:1])))
+    assert [(t.name, t.pieces()[0].source) for t in recipe.tensors(0)] == [
+        ("new.0.w", "old.0.w0"),
+        ("new.7.w", "old.7.w0"),
+        ("head", "old.{i}.w0"),
+    ]
+    assert [t.name for t in recipe.tensors(1)] == ["new.0.w", "new.7.w"]
+    assert list(recipe.tensors(2)) == []
+    assert recipe.ranks() == (0, 1)
+    assert filled("a.{i}", None) == "a.{i}"
+
+
+def test_the_windows_of_each_source_are_those_of_all_ranks():
+    first, second = row_major((4,)).narrow(0, 0, 2), row_major((4,)).narrow(0, 2, 2)
+    shares = (
+        Share((0,), (2,), (Piece(row_major((2,)), first, "w"),)),
+        Share((1,), (2,), (Piece(row_major((2,)), second, "w"),)),
+    )
+    assert Rule("t", DType.F32, shares).sources() == {"w": [first, second]}
+
+
+# Damage.
+
+SOUND: list[dict[str, Any]] = [
+    {
+        "name": "t.{i}",
+        "i": [[0, 4]],
+        "dtype": "BF16",
+        "shares": [
+            {
+                "ranks": [[0, 2]],
+                "shape": [2, 3],
+                "fill": 0.0,
+                "pieces": [{"of": "a.{i}", "shape": [2], "to": [0, 3], "from": [5, 1]}, {"of": "b"}],
+            }
+        ],
+    }
+]
+
+
+def test_the_recipe_that_the_damage_is_done_to_is_sound():
+    assert to_json(from_json(SOUND, "shardtool.json")) == SOUND
+
+
+DAMAGE = [
+    ([], None),
+    ([], 3),
+    ([], {"a": 1}),
+    ([], ["text"]),
+    ([], [None]),
+    ([0], {}),
+    ([0, "name"], 5),
+    ([0, "name"], "without slot"),
+    ([0, "i"], []),
+    ([0, "i"], [[0]]),
+    ([0, "i"], [[4, 0]]),
+    ([0, "i"], [[-1, 2]]),
+    ([0, "i"], [[0, 1 << 60]]),
+    ([0, "i"], [[0, 600_000], [0, 600_000]]),
+    ([0, "i"], [["a", "b"]]),
+    ([0, "i"], [[0.5, 1.5]]),
+    ([0, "i"], 4),
+    ([0, "dtype"], "F128"),
+    ([0, "dtype"], ["F32"]),
+    ([0, "dtype"], None),
+    ([0, "shares"], None),
+    ([0, "shares"], [5]),
+    ([0, "shares", 0, "ranks"], None),
+    ([0, "shares", 0, "shape"], [-2, 3]),
+    ([0, "shares", 0, "shape"], [2.0, 3]),
+    ([0, "shares", 0, "shape"], [True, 3]),
+    ([0, "shares", 0, "shape"], "23"),
+    ([0, "shares", 0, "shape"], [1 << 70]),
+    ([0, "shares", 0, "shape"], [1] * 1000),
+    ([0, "shares", 0, "shape"], [1]),
+    ([0, "shares", 0, "fill"], "0"),
+    ([0, "shares", 0, "fill"], [0]),
+    ([0, "shares", 0, "fill"], True),
+    ([0, "shares", 0, "fill"], 10**400),
+    ([0, "shares", 0, "pieces"], {}.keys),
+    ([0, "shares", 0, "pieces", 0], "piece"),
+    ([0, "shares", 0, "pieces", 0], ["of"]),
+    ([0, "shares", 0, "pieces", 0, "of"], 5),
+    ([0, "shares", 0, "pieces", 0, "shape"], [2, 2]),
+    ([0, "shares", 0, "pieces", 0, "to"], [0]),
+    ([0, "shares", 0, "pieces", 0, "to"], [3, 3]),
+    ([0, "shares", 0, "pieces", 0, "to"], [0, 6]),
+    ([0, "shares", 0, "pieces", 0, "to"], [-1, 3]),
+    ([0, "shares", 0, "pieces", 0, "from"], [0, -1]),
+    ([0, "shares", 0, "pieces", 0, "from"], None),
+]
+
+
+@pytest.mark.parametrize(("path", "value"), DAMAGE, ids=str)
+def test_a_damaged_recipe_is_refused_by_the_name_of_its_file(path: list[Any], value: Any):
+    if not path:
+        damaged = value
+    else:
+        damaged = place = copy.deepcopy(SOUND)
+        for step in path[:-1]:
+            place = place[step]
+        place[path[-1]] = value
+    with pytest.raises(FormatError, match=r"^shardtool\.json: the recipe is damaged"):
+        from_json(damaged, "shardtool.json")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        (0, "name"),
+        (0, "i"),
+        (0, "dtype"),
+        (0, "shares"),
+        (0, "shares", 0, "ranks"),
+        (0, "shares", 0, "shape"),
+        (0, "shares", 0, "pieces"),
+        (0, "shares", 0, "pieces", 0, "of"),
+        (0, "shares", 0, "pieces", 0, "to"),
+        (0, "shares", 0, "pieces", 0, "from"),
+    ],
+    ids=str,
+)
+def test_a_recipe_that_lacks_something_is_refused(path: tuple[Any, ...]):
+    damaged = place = copy.deepcopy(SOUND)
+    for step in path[:-1]:
+        place = place[step]
+    del place[path[-1]]
+    with pytest.raises(FormatError, match=r"^shardtool\.json"):
+        from_json(damaged, "shardtool.json")
+
+
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3)),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.sampled_from(["name", "i", "dtype", "shares", "ranks", "shape", "pieces", "of"]), inner),
+    max_leaves=12,
+)
+PLACES = [path for path, _ in DAMAGE if path]
+
+
+@given(st.sampled_from(PLACES), JSON)
+def test_whatever_stands_anywhere_the_recipe_is_read_or_refused(path: list[Any], value: Any):
+    damaged: Any = copy.deepcopy(SOUND)
+    place = damaged
+    for step in path[:-1]:
+        place = place[step]
+    place[path[-1]] = value
+    try:
+        recipe = from_json(damaged, "shardtool.json")
+    except FormatError:
+        return
+    for rank in recipe.ranks()[:3]:
+        for tensor in recipe.tensors(rank):
+            assert all(piece.dst.bounds[1] <= tensor.size or not piece.dst.size for piece in tensor.pieces())
