@@ -22,6 +22,9 @@ def cast_into(dst: NDArray[np.generic], to: DType, src: NDArray[np.generic], of:
         raise UnsupportedTransform(f"{of.name} cannot be cast to {to.name}; only floating point types can be cast")
     if src.ndim and src.size > BLOCK:
         rows = src.shape[0]
+        if rows == 1:
+            cast_into(dst[0], to, src[0], of)
+            return
         step = max(1, BLOCK * rows // src.size)
         for i in range(0, rows, step):
             cast_into(dst[i : i + step], to, src[i : i + step], of)

@@ -12,7 +12,7 @@ The recipe that is executed is the recipe that is recorded: plans are made from 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,29 +76,35 @@ class Recipe:
             for share in rule.shares:
                 if rank in share.ranks:
                     for name, number in rule.names():
-                        yield Tensor(name, rule.dtype, share.shape, _pieces_of(share, number), share.fill)
+                        yield Tensor(name, rule.dtype, share.shape, _Filled(share, number), share.fill)
                     break
 
     def by_name(self) -> Iterator[list[tuple[int, Tensor]]]:
-        """Every target with the ranks that hold it, one name at a time."""
+        """Every target with the ranks that hold it, one name at a time. Ranks that hold the same share one ``Tensor``."""
         for rule in self.rules:
             for name, number in rule.names():
-                yield [
-                    (rank, Tensor(name, rule.dtype, share.shape, _pieces_of(share, number), share.fill))
-                    for share in rule.shares
-                    for rank in share.ranks
-                ]
+                group = []
+                for share in rule.shares:
+                    tensor = Tensor(name, rule.dtype, share.shape, _Filled(share, number), share.fill)
+                    group += [(rank, tensor) for rank in share.ranks]
+                yield group
 
     def ranks(self) -> tuple[int, ...]:
         """Every rank that holds anything."""
         return tuple(sorted({rank for rule in self.rules for share in rule.shares for rank in share.ranks}))
 
 
-def _pieces_of(share: Share, number: int | None) -> Callable[[], tuple[Piece, ...]]:
-    def pieces() -> tuple[Piece, ...]:
-        return tuple(Piece(p.dst, p.src, filled(str(p.source), number)) for p in share.pieces)
+class _Filled:
+    """The pieces of a share with the slots of their names filled, made when called. One per target, so it is kept small."""
 
-    return pieces
+    __slots__ = ("_number", "_share")
+
+    def __init__(self, share: Share, number: int | None) -> None:
+        self._share = share
+        self._number = number
+
+    def __call__(self) -> tuple[Piece, ...]:
+        return tuple(Piece(p.dst, p.src, filled(str(p.source), self._number)) for p in self._share.pieces)
 
 
 # JSON

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from math import prod
 
 from shardtool import __version__, header, manifest, pattern
 from shardtool.dtypes import DType, lossless
@@ -213,21 +214,21 @@ def _itself(name: str, shape: tuple[int, ...]) -> Callable[[], tuple[Piece, ...]
 
 def _files(made: Manifest, parallel: Parallel, named: pattern.Pattern, most: int) -> list[tuple[int, File]]:
     """Every rank's files. A tensor is in the same part on all ranks, so that they are written side by side."""
-    held = {rank: list(made.recipe.tensors(rank)) for rank in parallel.ranks}
-    sizes: dict[str, int] = {}
-    for tensors in held.values():
-        for tensor in tensors:
-            sizes[tensor.name] = max(sizes.get(tensor.name, 0), tensor.nbytes)
+    sizes = {
+        name: max(rule.dtype.nbytes(prod(share.shape)) for share in rule.shares)
+        for rule in made.recipe.rules
+        for name, _ in rule.names()
+    }
     part_of = split_parts(sizes, most)
+    chosen: dict[tuple[int, int], list[Tensor]] = {}
+    for group in made.recipe.by_name():
+        for rank, tensor in group:
+            chosen.setdefault((part_of[tensor.name], rank), []).append(tensor)
     files = []
-    for rank, tensors in held.items():
+    for (part, rank), tensors in sorted(chosen.items(), key=lambda item: item[0]):
         tp_rank, pp_rank = parallel.place(rank)
-        parts: dict[int, list[Tensor]] = {}
-        for tensor in tensors:
-            parts.setdefault(part_of[tensor.name], []).append(tensor)
-        for part, chosen in sorted(parts.items()):
-            chosen.sort(key=lambda t: header.sort_key(t.name, t.dtype))
-            files.append((part, File(named.key(tp_rank, part, pp_rank), rank, tuple(chosen))))
+        tensors.sort(key=lambda t: header.sort_key(t.name, t.dtype))
+        files.append((part, File(named.key(tp_rank, part, pp_rank), rank, tuple(tensors))))
     return files
 
 

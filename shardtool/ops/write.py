@@ -15,6 +15,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from heapq import merge
+from itertools import groupby
 from typing import Any
 
 from shardtool import manifest, schedule
@@ -24,7 +26,7 @@ from shardtool.errors import AlreadyExists, BudgetTooSmall, NotFound, PlanError,
 from shardtool.header import sort_key
 from shardtool.manifest import FileRecord
 from shardtool.mosaic import resolve
-from shardtool.plan import Catalog, File
+from shardtool.plan import Catalog, File, Tensor
 from shardtool.schedule import Step, Target
 from shardtool.sinks.file import FileSink, Slots
 from shardtool.stores.base import Store
@@ -119,18 +121,24 @@ def _waves(files: Iterable[tuple[int, File]]) -> Iterator[list[File]]:
 
 def _groups(files: Sequence[File], catalog: Catalog, sinks: Mapping[str, FileSink]) -> Iterator[list[Target]]:
     """Every tensor of some files, with the files that want it, in the order of their bytes."""
-    wanted: dict[tuple[tuple[int, str], str], list[tuple[File, int, int]]] = {}
-    for file in files:
-        offset = len(file.header)
-        for i, tensor in enumerate(file.tensors):
-            wanted.setdefault((sort_key(tensor.name, tensor.dtype), tensor.name), []).append((file, i, offset))
-            offset += tensor.nbytes
-    for key in sorted(wanted):
-        yield [
-            Target(tensor, resolve(tensor, catalog), sinks.get(file.key), offset)
-            for file, i, offset in wanted[key]
-            for tensor in [file.tensors[i]]
-        ]
+    side_by_side = merge(*map(_placed, files), key=_order)
+    for _, every in groupby(side_by_side, key=_order):
+        yield [Target(tensor, resolve(tensor, catalog), sinks.get(file.key), offset) for file, tensor, offset in every]
+
+
+_Placed = tuple[File, Tensor, int]
+
+
+def _placed(file: File) -> Iterator[_Placed]:
+    """A file's tensors with their offsets."""
+    offset = len(file.header)
+    for tensor in file.tensors:
+        yield file, tensor, offset
+        offset += tensor.nbytes
+
+
+def _order(placed: _Placed) -> tuple[int, str]:
+    return sort_key(placed[1].name, placed[1].dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,6 +290,8 @@ def _write(
 
 def _begin(job: Job, to: Store, *, overwrite: bool) -> set[str] | None:
     """The files that are written already; None when the whole checkpoint is. Refuses an output that holds something else."""
+    if to.place() == job.source.place():
+        raise PlanError(f"--output {to.uri} is the source itself: use another folder")
     try:
         found = {thing.key: thing.size for thing in to.list()}
     except NotFound:

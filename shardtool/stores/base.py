@@ -190,6 +190,10 @@ class Store(ABC):
         finally:
             writer.abort()
 
+    def place(self) -> str:
+        """A name that two stores share when they are the same place, as far as can be told."""
+        return self.uri.rstrip("/")
+
     def locate(self, key: str) -> str:
         """How people are told where an object is."""
         return f"{self.uri.rstrip('/')}/{key}"

@@ -96,6 +96,10 @@ class LocalStore(Store):
         self._expect_inside(key)
         return _LocalWriter(self, key, path, size, exclusive=exclusive)
 
+    def place(self) -> str:
+        """The folder's real path."""
+        return os.path.realpath(self._root)
+
     def delete(self, key: str) -> None:
         """Remove a file, and the folders that it leaves empty; one that is not there is not an error."""
         path = self._path(key)

@@ -30,6 +30,7 @@ from shardtool.stores.s3_errors import answer, translated
 
 _MIB = 1 << 20
 _SMALL = 8 * _MIB
+_EXCLUSIVE = 512 * _MIB  # only a single request can be made conditional everywhere
 _LEAST_PART = 5 * _MIB
 _LARGEST_PART = 4 << 30  # the protocol's limit is 5 GiB
 _PARTS = 9000  # the protocol's limit is 10,000
@@ -89,16 +90,16 @@ class S3Store(Store):
                 self._wait(failures)
 
     def create(self, key: str, size: int, *, exclusive: bool = False) -> CheckedWriter:
-        """Begin an object. One over 8 MiB is uploaded in parts and cannot be ``exclusive``.
+        """Begin an object. One over 8 MiB is uploaded in parts, or gathered in memory where it is ``exclusive``: up to 512 MiB.
 
         Servers that ignore conditions exist. On those, two exclusive writers that meet may both win.
         """
         check_key(key)
-        if size <= _SMALL:
+        if size <= (_EXCLUSIVE if exclusive else _SMALL):
             return _SmallWriter(self, key, size, exclusive=exclusive)
         if exclusive:
             raise UsageError(
-                f"{self.locate(key)} is {size} bytes, and only objects up to {_SMALL} can be created exclusively in S3"
+                f"{self.locate(key)} is {size} bytes, and only objects up to {_EXCLUSIVE} can be created exclusively in S3"
             )
         return _PartsWriter(self, key, size)
 

@@ -307,7 +307,7 @@ def test_the_size_decides_how_an_object_is_uploaded(store: S3Store) -> None:
 def test_a_large_object_cannot_be_exclusive(store: S3Store) -> None:
     """Servers exist that ignore the condition when parts are put together."""
     with pytest.raises(UsageError, match="exclusively"):
-        store.create("a", 8 * MIB + 1, exclusive=True)
+        store.create("a", 512 * MIB + 1, exclusive=True)
 
 
 def test_an_abort_leaves_no_parts_behind(store: S3Store, s3_server: S3Server) -> None:
