@@ -21,11 +21,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shardtool.dtypes import DType
-from shardtool.errors import BudgetTooSmall
+from shardtool.errors import BudgetTooSmall, PlanError
 from shardtool.plan import Piece, Stored, Tensor
 from shardtool.window import Window, aligned, flat, join, row_major
 
-FLOOR = 4096
+FLOOR = 64 << 10
 """Bytes below which neither a tile nor a read is made smaller."""
 ALIGN = 64
 """Tiles and scratch start on multiples of this in a step's block."""
@@ -50,7 +50,7 @@ class Target:
 
 @dataclass(slots=True)
 class Tile:
-    """``nbytes`` of a target from ``offset`` of its sink. ``fill`` is set when no piece fills some of it."""
+    """``nbytes`` of a target from ``offset`` of its sink. ``fill`` goes under its pieces, which need not cover it then."""
 
     target: Target
     offset: int
@@ -96,12 +96,12 @@ class Step:
         return sum(tile.nbytes for tile in self.tiles)
 
 
-def least(groups: Iterable[Sequence[Target]]) -> int:
-    """The smallest block in which every group can be done."""
+def least(groups: Iterable[Sequence[Target]], tile: int | None = None) -> int:
+    """The smallest block in which every group can be done, in tiles of ``tile`` bytes if a sink needs a certain size."""
     need = 0
     for group in groups:
-        tiles = sum(_up(min(FLOOR, t.tensor.nbytes)) * t.staging for t in group)
-        need = max(need, tiles + _up(FLOOR))
+        tiles = sum(_up(min(tile or FLOOR, t.tensor.nbytes)) * t.staging for t in group)
+        need = max(need, tiles + FLOOR + ALIGN)
     return need
 
 
@@ -160,7 +160,7 @@ def _bands(group: Sequence[Target], limit: int, want: int, longest: int, tile: i
             yield step
             return
     shares = sum(t.staging + (not turned) for t in group) or 1
-    size = tile or max(FLOOR, (limit // 2 if turned else want) // shares)
+    size = tile or max(FLOOR, (limit // 2 if turned else want) // shares // ALIGN * ALIGN)
     done = [0] * len(group)
     while any(n < t.tensor.size for n, t in zip(done, group, strict=True)):
         ranges = [(t, n, count) for n, t in zip(done, group, strict=True) if (count := _count(t, n, size, tile is not None))]
@@ -170,10 +170,9 @@ def _bands(group: Sequence[Target], limit: int, want: int, longest: int, tile: i
                 size = max(FLOOR, min(size // 2, size * want // step.cost))
                 continue
             scratch = limit - sum(_up(c * t.tensor.dtype.itemsize) * t.staging for t, _, c in ranges)
-            if scratch < FLOOR:
-                raise BudgetTooSmall(
-                    f"tensor {group[0].tensor.name!r} needs {least([group])} bytes of memory and has {limit}", needed=least([group])
-                )
+            if scratch < FLOOR + ALIGN:
+                needed = least([group], tile)
+                raise BudgetTooSmall(f"tensor {group[0].tensor.name!r} needs {needed} bytes of memory and has {limit}", needed=needed)
             step = _step(ranges, longest, scratch // ALIGN * ALIGN)
         yield step
         for i, t in enumerate(group):
@@ -218,10 +217,11 @@ def _step(ranges: Sequence[tuple[Target, int, int]], longest: int, scratch: int 
                     start = stored.offset + lo * stored.dtype.itemsize
                     copy = Copy(tile, part_dst, part_src, stored.offset, stored.dtype)
                     wanted.setdefault(stored.key, []).append((start, stored.offset + hi * stored.dtype.itemsize, copy))
-        if filled < count:
-            tile.fill = tensor.fill if tensor.fill is not None else 0.0
+        if filled < count and tensor.fill is None:
+            raise PlanError(f"tensor {tensor.name!r}: {count - filled} of its elements come from nowhere")
+        tile.fill = tensor.fill
     serial = scratch is not None
-    biggest = min(longest, scratch) if scratch is not None else longest
+    biggest = min(longest, scratch - ALIGN) if scratch is not None else longest  # less what a read is moved by
     for key, asks in wanted.items():
         step.reads.extend(_reads(key, asks, biggest))
     need = 0
@@ -239,7 +239,7 @@ def _step(ranges: Sequence[tuple[Target, int, int]], longest: int, scratch: int 
 def _cut(piece: Piece, first: int, count: int, size: int) -> Iterable[tuple[Window, Window]]:
     """The part of a piece that lands on elements [first, first + count), its target window counted from ``first``."""
     if count == size:
-        return ((piece.dst, piece.src),)
+        return ((piece.dst, piece.src),) if piece.dst.size else ()
     band = flat(first, count)
     return ((dst.moved(-first), src) for src, dst in join(piece.dst, piece.src, band, band))
 

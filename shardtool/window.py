@@ -133,7 +133,7 @@ def simplify(a: Window, b: Window) -> tuple[Window, Window]:
     return Window(a.offset, shape, tuple(s for _, s, _ in dims)), Window(b.offset, shape, tuple(t for _, _, t in dims))
 
 
-@lru_cache(maxsize=1 << 13)
+@lru_cache(maxsize=1 << 11)
 def join(k1: Window, v1: Window, k2: Window, v2: Window) -> tuple[tuple[Window, Window], ...]:
     """Where ``k1`` and ``k2`` meet: pairs of windows, into what ``v1`` and what ``v2`` looks at, of one shape each.
 
