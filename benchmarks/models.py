@@ -1,7 +1,7 @@
 """Models of any size for measurements: real architecture, random weights, no framework needed.
 
-    python benchmarks/models.py OUT --size 2GiB            # a Llama of about that size, in several files
-    python benchmarks/models.py OUT --tensors 11000        # headers only: sparse files that hold zeros
+python benchmarks/models.py OUT --size 2GiB            # a Llama of about that size, in several files
+python benchmarks/models.py OUT --tensors 11000        # headers only: sparse files that hold zeros
 """
 
 from __future__ import annotations

@@ -22,18 +22,16 @@ DEFAULT_MOST = 4 << 30
 """Bytes that a run takes if it is not told: half of what is free, and no more than this."""
 
 
-class Stopped(Exception):  # noqa: N818 - it is a signal, not an error of ours
+class Stopped(Exception):
     """The run has failed elsewhere; whoever waits for memory shall stop."""
 
 
 def anonymous(nbytes: int) -> mmap.mmap:
     """Private anonymous memory, on huge pages where that pays."""
-    if sys.platform == "linux":
-        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if nbytes >= 2 * HUGE:
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        return memory
-    return mmap.mmap(-1, nbytes)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if nbytes >= 2 * HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 class Block:
@@ -69,7 +67,9 @@ class Arena:
     def lease(self, nbytes: int) -> Block:
         """Wait for ``nbytes`` in one piece. More than the arena has is ``BudgetTooSmall`` at once."""
         if nbytes > self.size:
-            raise BudgetTooSmall(f"a step needs {nbytes} bytes of memory and the limit leaves {self.size}", needed=nbytes)
+            raise BudgetTooSmall(
+                f"a step needs {nbytes} bytes of memory and the limit leaves {self.size}", needed=nbytes
+            )
         with self._changed:
             while True:
                 if self._stopped:

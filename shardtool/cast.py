@@ -1,7 +1,7 @@
 """Casts between floating point types, element by element, with numpy alone (torch's 225 MB are not needed for them).
 
-Rounding is to nearest, ties to even, as torch and every engine do it. float64 goes through float32 on its way to the 16 bit
-types, as in torch. bfloat16 travels as unsigned integers.
+Rounding is to nearest, ties to even, as torch and every engine do it. float64 goes through float32 on its way to
+the 16 bit types, as in torch. bfloat16 travels as unsigned integers.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def decode(src: NDArray[np.generic], of: DType) -> NDArray[np.generic]:
     if of in (DType.BF16, DType.F16):
         return _decode(src, of)
     if of in (DType.F8_E4M3, DType.F8_E5M2):
-        return _FLOAT8[of][src]
+        values: NDArray[np.generic] = _FLOAT8[of][src]
+        return values
     return src
 
 

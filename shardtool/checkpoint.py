@@ -4,7 +4,7 @@ Three kinds::
 
     sharded      rank files with a manifest
     shards       rank files without one, found by their names (an engine's own ``save_sharded_state``)
-    huggingface  safetensors files of whole tensors; where there is an index, it decides which files and tensors are the source
+    huggingface  safetensors files of whole tensors; an index, where there is one, decides which files and tensors count
 
 Everything that is read here is untrusted: paths must stay inside, sizes are bounded, headers are checked.
 """
@@ -64,7 +64,10 @@ def stored_of(key: str, entry: Entry) -> Stored:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """An opened checkpoint. ``wanted``: names that the index declares, or None where every tensor of the files counts."""
+    """An opened checkpoint.
+
+    ``wanted``: names that the index declares, or None where every tensor of the files counts.
+    """
 
     uri: str
     store: Store
@@ -89,7 +92,9 @@ class Checkpoint:
                 if self.wanted is not None and entry.name not in self.wanted:
                     continue
                 if entry.name in found:
-                    raise FormatError(f"{self.uri}: tensor {entry.name!r} is in {found[entry.name][0].key} and in {file.key}")
+                    raise FormatError(
+                        f"{self.uri}: tensor {entry.name!r} is in {found[entry.name][0].key} and in {file.key}"
+                    )
                 found[entry.name] = (file, entry)
         return found
 
@@ -147,7 +152,10 @@ def read_header(store: Store, key: str, size: int) -> Header:
 
 
 def open_checkpoint(uri: str | os.PathLike[str], *, shard_pattern: str | None = None) -> Checkpoint:
-    """Open whatever lies at a URI; a single ``.safetensors`` file too. Reads headers and the manifest or the index, no tensor."""
+    """Open whatever lies at a URI; a single ``.safetensors`` file too.
+
+    Reads headers and the manifest or the index, no tensor.
+    """
     uri = os.fspath(uri)
     if uri.endswith(".safetensors"):
         folder, _, name = uri.rpartition("/")
@@ -174,7 +182,9 @@ def with_headers(checkpoint: Checkpoint, ranks: Iterable[int] | None = None) -> 
         try:
             found = checkpoint.store.stat(record.key)
         except NotFound:
-            raise Incomplete(f"{checkpoint.store.locate(record.key)} is missing; the manifest lists it, restore it or save again") from None
+            raise Incomplete(
+                f"{checkpoint.store.locate(record.key)} is missing; the manifest lists it, restore it or save again"
+            ) from None
         jobs.append((found, record.rank, record.part))
     return Checkpoint(
         checkpoint.uri, checkpoint.store, checkpoint.kind, _files(checkpoint.store, jobs), checkpoint.manifest
@@ -205,13 +215,23 @@ def _without_manifest(uri: str, store: Store, shard_pattern: str | None) -> Chec
         return Checkpoint(uri, store, "shards", _files(store, shards), objects=objects)
     if shard_pattern is not None:
         raise NotFound(f"{uri} has no file that --pattern {shard_pattern!r} names")
-    indexes = [key for key in objects if key.endswith(".safetensors.index.json") and "/" not in key and "consolidated" not in key]
+    indexes = [
+        key
+        for key in objects
+        if key.endswith(".safetensors.index.json") and "/" not in key and "consolidated" not in key
+    ]
     if indexes:
         return _indexed(uri, store, objects, INDEX if INDEX in indexes else sorted(indexes)[0])
-    plain = [key for key in sorted(objects) if key.endswith(".safetensors") and "/" not in key and not _FOREIGN.search(key)]
+    plain = [
+        key for key in sorted(objects) if key.endswith(".safetensors") and "/" not in key and not _FOREIGN.search(key)
+    ]
     if not plain:
-        raise NotFound(f"{uri} has no safetensors files; name the folder of a checkpoint, with its config.json and *.safetensors")
-    return Checkpoint(uri, store, "huggingface", _files(store, [(objects[key], None, 0) for key in plain]), objects=objects)
+        raise NotFound(
+            f"{uri} has no safetensors files; name the folder of a checkpoint, with its config.json and *.safetensors"
+        )
+    return Checkpoint(
+        uri, store, "huggingface", _files(store, [(objects[key], None, 0) for key in plain]), objects=objects
+    )
 
 
 def _shards(objects: Mapping[str, Object], text: str | None) -> list[tuple[Object, int | None, int]]:
@@ -225,7 +245,9 @@ def _shards(objects: Mapping[str, Object], text: str | None) -> list[tuple[Objec
             if match := names.fullmatch(key):
                 numbers = {name: int(value) for name, value in match.groupdict().items()}
                 if numbers.get("pp_rank"):
-                    raise UsageError(f"{key} belongs to a pipeline stage; pipeline parallel shards are not supported yet")
+                    raise UsageError(
+                        f"{key} belongs to a pipeline stage; pipeline parallel shards are not supported yet"
+                    )
                 found.append((thing, numbers.get("rank", numbers.get("tp_rank", 0)), numbers.get("part", 0)))
         if found:
             return found
@@ -257,11 +279,16 @@ def _indexed(uri: str, store: Store, objects: Mapping[str, Object], index: str) 
 def _only(file: WeightFile, names: set[str]) -> WeightFile:
     """The file with the tensors that the index takes from it."""
     entries = tuple(entry for entry in file.header.entries if entry.name in names)
-    return WeightFile(file.key, file.size, Header(entries, file.header.metadata, file.header.data_offset), file.rank, file.part)
+    return WeightFile(
+        file.key, file.size, Header(entries, file.header.metadata, file.header.data_offset), file.rank, file.part
+    )
 
 
 def targets(checkpoint: Checkpoint, made: Manifest, rank: int) -> list[tuple[Tensor, Stored]]:
-    """A rank's tensors as the recipe says them, beside where they lie. What is missing, foreign or different is refused."""
+    """A rank's tensors as the recipe says them, beside where they lie.
+
+    What is missing, foreign or different is refused.
+    """
     held = checkpoint.held(rank)
     found = []
     for tensor in made.recipe.tensors(rank):
@@ -270,7 +297,8 @@ def targets(checkpoint: Checkpoint, made: Manifest, rank: int) -> list[tuple[Ten
             raise Incomplete(f"{checkpoint.uri}: rank {rank} has no tensor {tensor.name!r}")
         if (stored.dtype, stored.shape) != (tensor.dtype, tensor.shape):
             raise FormatError(
-                f"{checkpoint.uri}: tensor {tensor.name!r} of rank {rank} is {stored.dtype.name} {list(stored.shape)} in {stored.key}, "
+                f"{checkpoint.uri}: tensor {tensor.name!r} of rank {rank} is {stored.dtype.name} "
+                f"{list(stored.shape)} in {stored.key}, "
                 f"the recipe says {tensor.dtype.name} {list(tensor.shape)}"
             )
         found.append((tensor, stored))
@@ -280,7 +308,10 @@ def targets(checkpoint: Checkpoint, made: Manifest, rank: int) -> list[tuple[Ten
 
 
 def logical(checkpoint: Checkpoint, made: Manifest) -> dict[str, Tensor]:
-    """The source tensors that a sharded checkpoint holds: its recipe read backwards, copies and kept tensors included."""
+    """The source tensors that a sharded checkpoint holds.
+
+    Its recipe read backwards, copies and kept tensors included.
+    """
     every = [pair for rank in made.recipe.ranks() for pair in targets(checkpoint, made, rank)]
     found = invert(every, made.inventory)
     if any(dropped.kept for dropped in made.dropped):
@@ -290,4 +321,3 @@ def logical(checkpoint: Checkpoint, made: Manifest) -> dict[str, Tensor]:
         if of in found:
             found[copy] = Tensor(copy, found[of].dtype, found[of].shape, found[of].pieces, stored=found[of].stored)
     return found
-

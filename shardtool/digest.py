@@ -1,6 +1,7 @@
 """Digests: what each number covers, and how to compute them while bytes stream past.
 
-* A *chunk* is 8 MiB of one tensor's bytes (the last may be shorter). Its xxh3_128 guards against accidents and is checked in any order by
+* A *chunk* is 8 MiB of one tensor's bytes (the last may be shorter). Its xxh3_128 guards against accidents and is
+  checked in any order by
   whoever reads the chunk.
 * A *tensor*'s identity is the blake3 of its bytes.
 * A *file*'s digest is the blake3 of its header and its tensors' digests in order, so that it needs no second pass.

@@ -43,12 +43,14 @@ class DType(Enum):
     @property
     def order(self) -> int:
         """The place in safetensors' order; wider types come later."""
-        return self.value[0]
+        order: int = self.value[0]
+        return order
 
     @property
     def bits(self) -> int:
         """Bits of one element."""
-        return self.value[1]
+        bits: int = self.value[1]
+        return bits
 
     @property
     def itemsize(self) -> int:
@@ -60,7 +62,7 @@ class DType(Enum):
     @property
     def numpy(self) -> str:
         """The numpy type whose elements carry the same bits (bfloat16 travels as unsigned integers)."""
-        code = self.value[2]
+        code: str | None = self.value[2]
         if code is None:
             raise UsageError(f"elements of {self.name} are narrower than a byte and cannot be cut")
         return code
@@ -68,7 +70,8 @@ class DType(Enum):
     @property
     def torch_name(self) -> str | None:
         """The attribute of ``torch`` that names this type, or None."""
-        return self.value[3]
+        name: str | None = self.value[3]
+        return name
 
     def nbytes(self, count: int) -> int:
         """Bytes of ``count`` elements; a count that does not fill whole bytes is a ``FormatError``."""
@@ -110,7 +113,10 @@ def lossless(source: DType, target: DType) -> bool:
 
 
 def from_name(name: str) -> DType:
-    """The type of a name as files (``BF16``), config.json (``bfloat16``, ``torch.bfloat16``) or people (``bf16``) write it."""
+    """The type of a name.
+
+    Files write ``BF16``, config.json ``bfloat16`` or ``torch.bfloat16``, people ``bf16``.
+    """
     plain = name.removeprefix("torch.")
     upper = {"HALF": "F16", "FP16": "F16", "FLOAT": "F32", "FP32": "F32"}.get(plain.upper(), plain.upper())
     if upper in DType.__members__:

@@ -6,8 +6,8 @@
     ├── dispatcher (the caller's thread): per step, lease a block, ask the sinks for room, queue the reads
     └── readers (threads): read -> scatter (slice, cast) -> the last one of a step hands its tiles to their sinks
 
-Memory is leased by the dispatcher only, in the order of the steps. A sink gives a tile's memory back when it is done with it; the block
-returns when all its tiles have.
+Memory is leased by the dispatcher only, in the order of the steps. A sink gives a tile's memory back when it is
+done with it; the block returns when all its tiles have.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ class Sink(Protocol):
     staging: int
 
     def room(self, tile: Tile, memory: memoryview) -> memoryview:
-        """Memory for the tile: of ``memory`` (``staging`` times its size), or the sink's own. Called by the dispatcher; may wait."""
+        """Memory for the tile: of ``memory`` (``staging`` times its size), or the sink's own.
+
+        Called by the dispatcher; may wait.
+        """
 
     def done(self, tile: Tile, memory: memoryview, release: Callable[[], None]) -> None:
         """The tile is filled. ``memory`` is what ``room`` was given; ``release`` gives it back. Called by a reader."""
@@ -90,7 +93,7 @@ def execute(
     except BaseException as error:
         run.fail(error)
         pool.shutdown(wait=True, cancel_futures=True)
-        if not isinstance(error, Stopped):
+        if not isinstance(error, Exception):  # Ctrl-C is not a consequence of what may have failed before
             raise
     if run.error is not None:
         raise run.error
@@ -136,7 +139,7 @@ class _Run:
                 for read in reads:
                     self._read(work, read)
                 self._finish(work)
-        except BaseException as error:  # noqa: BLE001 - whatever it is, the dispatcher raises it
+        except BaseException as error:
             self.fail(error)
         finally:
             self._queued.release()
@@ -166,7 +169,9 @@ class _Run:
 def scatter(copy: Copy, source: memoryview, room: memoryview) -> None:
     """Elements of a read to their places in a tile, cast where the types differ."""
     to = copy.tile.target.tensor.dtype
-    src = elements(source, copy.dtype, copy.base + copy.src.offset * copy.dtype.itemsize, copy.src.shape, copy.src.strides)
+    src = elements(
+        source, copy.dtype, copy.base + copy.src.offset * copy.dtype.itemsize, copy.src.shape, copy.src.strides
+    )
     dst = elements(room, to, copy.dst.offset * to.itemsize, copy.dst.shape, copy.dst.strides)
     if to is copy.dtype:
         np.copyto(dst, src)

@@ -1,8 +1,8 @@
 """The header of a safetensors file: written so that direct reads are aligned, parsed as the untrusted text that it is.
 
-A file is: 8 bytes of header length (little endian), the header (JSON, padded with spaces), the tensors' bytes without
-holes. Ours holds the tensors in safetensors' own order (dtype descending, then name); its padding makes the first tensor of
-1 MiB or more start on a multiple of 4096 bytes.
+A file is: 8 bytes of header length (little endian), the header (JSON, padded with spaces), the tensors' bytes
+without holes. Ours holds the tensors in safetensors' own order (dtype descending, then name); its padding makes the
+first tensor of 1 MiB or more start on a multiple of 4096 bytes.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def encode(tensors: Sequence[tuple[str, DType, tuple[int, ...]]], metadata: dict
     for name, dtype, shape in tensors:
         nbytes = dtype.nbytes(math.prod(shape))
         if name in table or name == "__metadata__":
-            raise FormatError(f"a file cannot hold a tensor {name!r} beside what has this name already; rename one of them")
+            raise FormatError(
+                f"a file cannot hold a tensor {name!r} beside what has this name already; rename one of them"
+            )
         table[name] = {"dtype": dtype.name, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
         if big is None and nbytes >= BIG:
             big = offset
@@ -72,12 +74,16 @@ def encode(tensors: Sequence[tuple[str, DType, tuple[int, ...]]], metadata: dict
 def length(first: bytes, file_size: int, where: str) -> int:
     """Bytes of the header after the length field, from the file's first 8 bytes."""
     if file_size < 8 or len(first) < 8:
-        raise FormatError(f"{where} is not a safetensors file: it has {file_size} bytes, fewer than the 8 of a length field")
+        raise FormatError(
+            f"{where} is not a safetensors file: it has {file_size} bytes, fewer than the 8 of a length field"
+        )
     n = int.from_bytes(first[:8], "little")
     if n > MAX_HEADER:
         raise FormatError(f"{where} is not a safetensors file: its header would be {n} bytes, more than {MAX_HEADER}")
     if 8 + n > file_size:
-        raise FormatError(f"{where} is damaged: its header should be {n} bytes but the file has {file_size}; fetch it again")
+        raise FormatError(
+            f"{where} is damaged: its header should be {n} bytes but the file has {file_size}; fetch it again"
+        )
     return n
 
 
@@ -104,7 +110,9 @@ def parse(text: bytes, file_size: int, where: str) -> Header:
     except UnicodeEncodeError:  # JSON can spell half of a character
         raise FormatError(f"{where} is damaged: its header has a name that is not text") from None
     base = 8 + len(text)
-    entries = sorted((_entry(name, value, base, where) for name, value in table.items()), key=lambda e: (e.offset, e.nbytes))
+    entries = sorted(
+        (_entry(name, value, base, where) for name, value in table.items()), key=lambda e: (e.offset, e.nbytes)
+    )
     end = base
     for entry in entries:
         if entry.offset != end:
@@ -143,5 +151,7 @@ def _entry(name: str, value: Any, base: int, where: str) -> Entry:
     dtype = DType[kind]
     bits = math.prod(shape) * dtype.bits
     if bits % 8 or end - start != bits // 8:
-        raise FormatError(f"{where} is damaged: tensor {name!r} of shape {shape} and {kind} cannot have {end - start} bytes")
+        raise FormatError(
+            f"{where} is damaged: tensor {name!r} of shape {shape} and {kind} cannot have {end - start} bytes"
+        )
     return Entry(name, dtype, tuple(shape), base + start, end - start)

@@ -1,10 +1,11 @@
 """The manifest ``shardtool.json``: what a sharded checkpoint is made of, complete enough to read it for ever.
 
-It keeps the recipe that was executed, the inventory of the source, the original config.json, the layout's table and every digest. It is written
-last, so that it is the mark of a complete checkpoint. ``docs/manifest.md`` specifies it; ``docs/manifest.schema.json`` is its JSON schema.
+It keeps the recipe that was executed, the inventory of the source, the original config.json, the layout's table and
+every digest. It is written last, so that it is the mark of a complete checkpoint. ``docs/manifest.md`` specifies
+it; ``docs/manifest.schema.json`` is its JSON schema.
 
-The *plan part* (everything but the files' digests) is known before a byte is moved. Its blake3 is the fingerprint of the job: workers
-with the same fingerprint help each other.
+The *plan part* (everything but the files' digests) is known before a byte is moved. Its blake3 is the fingerprint
+of the job: workers with the same fingerprint help each other.
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ class TensorRecord:
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """A finished file: its size, the blake3 of its header, its digest and those of its tensors, in the order of their bytes."""
+    """A finished file.
+
+    Its size, the blake3 of its header, its digest and those of its tensors, in the order of their bytes.
+    """
 
     key: str
     rank: int | None
@@ -58,19 +62,29 @@ class FileRecord:
             "size": self.size,
             "header": self.header,
             "digest": self.digest,
-            "tensors": [{"name": t.name, "blake3": t.digest.blake3, "chunks": list(t.digest.chunks)} for t in self.tensors],
+            "tensors": [
+                {"name": t.name, "blake3": t.digest.blake3, "chunks": list(t.digest.chunks)} for t in self.tensors
+            ],
         }
 
     @staticmethod
     def from_json(value: Any) -> FileRecord:
         """The record that JSON values say. Raises the built-in errors of wrong shapes."""
         tensors = tuple(
-            TensorRecord(_text(t["name"]), digest.TensorDigest(_hex(t["blake3"], 64), tuple(_hex(c, 32) for c in t["chunks"])))
+            TensorRecord(
+                _text(t["name"]), digest.TensorDigest(_hex(t["blake3"], 64), tuple(_hex(c, 32) for c in t["chunks"]))
+            )
             for t in value["tensors"]
         )
         rank = value["rank"] if value["rank"] is None else _size(value["rank"])
         return FileRecord(
-            _key(value["key"]), rank, _size(value["part"]), _size(value["size"]), _hex(value["header"], 64), _hex(value["digest"], 64), tensors
+            _key(value["key"]),
+            rank,
+            _size(value["part"]),
+            _size(value["size"]),
+            _hex(value["header"], 64),
+            _hex(value["digest"], 64),
+            tensors,
         )
 
 
@@ -158,10 +172,16 @@ def decode(data: bytes, where: str) -> Manifest:
         table = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{where} is damaged: it is not JSON ({str(error)[:80]})") from None
-    if not isinstance(table, dict) or not isinstance(table.get("format"), str) or not table["format"].startswith("shardtool/"):
+    if (
+        not isinstance(table, dict)
+        or not isinstance(table.get("format"), str)
+        or not table["format"].startswith("shardtool/")
+    ):
         raise FormatError(f"{where} is not a manifest of shardtool")
     if table["format"] != FORMAT:
-        raise FormatError(f"{where} has the format {table['format']!r}; this version of shardtool reads {FORMAT!r}, use a newer one")
+        raise FormatError(
+            f"{where} has the format {table['format']!r}; this version of shardtool reads {FORMAT!r}, use a newer one"
+        )
     said = table.pop("digest", None)
     if said != digest.of_bytes(_canonical(table)):
         raise FormatError(f"{where} is damaged: its digest does not match its content")
@@ -190,7 +210,9 @@ def _from_json(table: Mapping[str, Any], where: str) -> Manifest:
         dropped=tuple(Dropped(_text(d["name"]), _text(d["reason"]), bool(d["kept"])) for d in source["dropped"]),
         copies=dict(source["copies"]),
         recipe=recipe.from_json(table["recipe"], where),
-        side_files=tuple(SideFile(_key(s["key"]), _size(s["size"]), _hex(s["blake3"], 64)) for s in table["side_files"]),
+        side_files=tuple(
+            SideFile(_key(s["key"]), _size(s["size"]), _hex(s["blake3"], 64)) for s in table["side_files"]
+        ),
         files=tuple(FileRecord.from_json(f) for f in table["files"]),
     )
 
@@ -218,7 +240,12 @@ def _hex(value: Any, digits: int) -> str:
 
 
 def _key(value: Any) -> str:
-    if not isinstance(value, str) or "\\" in value or "\0" in value or any(p in ("", ".", "..") for p in value.split("/")):
+    if (
+        not isinstance(value, str)
+        or "\\" in value
+        or "\0" in value
+        or any(p in ("", ".", "..") for p in value.split("/"))
+    ):
         raise ValueError(f"{value!r} is not a name inside the checkpoint")
     return value
 

@@ -5,8 +5,8 @@
 ``invert(tensors)``
     the stored targets of a layout, read as the catalogue of its sources: what filled a target can be found there.
 
-Law: for any chain of narrow, step, transpose, reshape, stack and cat, ``resolve`` over ``invert`` is the identity on the
-bytes, or ``UnsupportedTransform`` is raised.
+Law: for any chain of narrow, step, transpose, reshape, stack and cat, ``resolve`` over ``invert`` is the identity
+on the bytes, or ``UnsupportedTransform`` is raised.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def resolve(tensor: Tensor, catalog: Catalog) -> tuple[Piece, ...]:
         if source is None:
             raise PlanError(f"tensor {tensor.name!r} is made of {piece.source!r}, which the source does not have")
         if piece.src.bounds[1] > source.size:
-            raise PlanError(f"tensor {tensor.name!r} takes elements of {piece.source!r} that are beyond its {source.size}")
+            raise PlanError(
+                f"tensor {tensor.name!r} takes elements of {piece.source!r} that are beyond its {source.size}"
+            )
         if source.stored is not None:
             found.append(Piece(piece.dst, piece.src, source.stored))
             continue
@@ -57,8 +59,8 @@ class Logical:
 def invert(targets: Iterable[tuple[Tensor, Stored]], inventory: Mapping[str, Logical]) -> dict[str, Tensor]:
     """The source tensors that a layout's stored targets hold, as mosaics over the targets' bytes.
 
-    ``targets``: each target of the layout, with pieces that cite names, beside where its bytes lie. Their pieces are made
-    once to see whom they cite and again when a tensor is asked for.
+    ``targets``: each target of the layout, with pieces that cite names, beside where its bytes lie. Their pieces
+    are made once to see whom they cite and again when a tensor is asked for.
     """
     holders: dict[str, list[tuple[Tensor, Stored]]] = {}
     for tensor, stored in targets:
@@ -100,7 +102,9 @@ def check_target(tensor: Tensor, pieces: Iterable[Piece]) -> None:
     if twice := sum(window.size for window in windows) - filled:
         raise PlanError(f"tensor {tensor.name!r}: {twice} of its elements would be written twice")
     if filled != tensor.size and tensor.fill is None:
-        raise PlanError(f"tensor {tensor.name!r}: {tensor.size - filled} of its {tensor.size} elements come from nowhere")
+        raise PlanError(
+            f"tensor {tensor.name!r}: {tensor.size - filled} of its {tensor.size} elements come from nowhere"
+        )
 
 
 def held_once(name: str, logical: Logical, windows: Iterable[Window]) -> str | None:

@@ -53,7 +53,10 @@ class Pattern:
 
 
 def _digits(width: str) -> str:
-    """Matches a number as a format of this width writes it: filled up with zeros if the width starts with one, or spaces."""
+    """Matches a number as a format of this width writes it.
+
+    Filled up with zeros if the width starts with one, or spaces.
+    """
     if not width:
         return r"\d+"
     n = int(width)
@@ -73,13 +76,15 @@ def parse(text: str, *, tp: int, pp: int = 1) -> Pattern:
         if field is None:
             continue
         if field not in FIELDS:
-            raise UsageError(f"{say} has the field {{{field}}}; allowed are {', '.join('{%s}' % f for f in FIELDS)}")
+            raise UsageError(f"{say} has the field {{{field}}}; allowed are {', '.join('{' + f + '}' for f in FIELDS)}")
         if conversion:
             raise UsageError(f"{say} converts {{{field}}} with !{conversion}; conversions are not allowed")
         if spec and field == "part":
             raise UsageError(f"{say} formats {{part}}, which engines replace by *; use a plain {{part}}")
         if spec and not _WIDTH.fullmatch(spec):
-            raise UsageError(f"{say} formats {{{field}}} with {spec!r}; only a width such as {{{field}:02d}} is allowed")
+            raise UsageError(
+                f"{say} formats {{{field}}} with {spec!r}; only a width such as {{{field}:02d}} is allowed"
+            )
         fields.add(field)
     if "pp_rank" in fields and pp == 1:
         raise UsageError(f"{say} has {{pp_rank}}, but there is no pipeline parallelism; leave it out")
@@ -101,7 +106,9 @@ def parse(text: str, *, tp: int, pp: int = 1) -> Pattern:
     return made
 
 
-def check_names(pattern: Pattern, ranks: Sequence[tuple[int, int]], parts: int, taken: Iterable[str], *, whole_key: bool) -> None:
+def check_names(
+    pattern: Pattern, ranks: Sequence[tuple[int, int]], parts: int, taken: Iterable[str], *, whole_key: bool
+) -> None:
     """Refuse names that collide and globs that reach into another rank.
 
     ``ranks``: (tp rank, pp rank) of every rank. ``taken``: names of side files. ``whole_key``: the output is an object
@@ -114,7 +121,8 @@ def check_names(pattern: Pattern, ranks: Sequence[tuple[int, int]], parts: int, 
             key = pattern.key(tp_rank, part, pp_rank)
             if key in owner:
                 raise PlanError(
-                    f"--pattern {pattern.text!r} gives two files the name {key}; add {{part}} and the ranks, or use fewer parts"
+                    f"--pattern {pattern.text!r} gives two files the name {key}; add {{part}} and the ranks, "
+                    f"or use fewer parts"
                 )
             if other := lowered.get(key.lower()):
                 raise PlanError(f"--pattern {pattern.text!r} gives names that differ only in case: {other} and {key}")

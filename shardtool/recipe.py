@@ -1,7 +1,7 @@
 """The recipe: what every rank's tensors are made of, compact enough to be kept with them.
 
-A layout is evaluated once per kind of layer; what repeats is one ``Rule`` with the layers' numbers. A rule says for each
-group of ranks the shape, the fill and the pieces; ``{i}`` in names stands for the number::
+A layout is evaluated once per kind of layer; what repeats is one ``Rule`` with the layers' numbers. A rule says for
+each group of ranks the shape, the fill and the pieces; ``{i}`` in names stands for the number::
 
     Rule "model.layers.{i}.self_attn.qkv_proj.weight"  i = 0..31  BF16
     └── Share  ranks 0,1  shape [1536, 4096]
@@ -80,7 +80,10 @@ class Recipe:
                     break
 
     def by_name(self) -> Iterator[list[tuple[int, Tensor]]]:
-        """Every target with the ranks that hold it, one name at a time. Ranks that hold the same share one ``Tensor``."""
+        """Every target with the ranks that hold it, one name at a time.
+
+        Ranks that hold the same share one ``Tensor``.
+        """
         for rule in self.rules:
             for name, number in rule.names():
                 group = []
@@ -95,7 +98,10 @@ class Recipe:
 
 
 class _Filled:
-    """The pieces of a share with the slots of their names filled, made when called. One per target, so it is kept small."""
+    """The pieces of a share with the slots of their names filled, made when called.
+
+    One per target, so it is kept small.
+    """
 
     __slots__ = ("_number", "_share")
 

@@ -1,23 +1,25 @@
 """From mosaics to steps: which ranges to read, where each element goes, and how much memory it takes. Pure.
 
-A *group* is one tensor as every destination wants it (the same norm on eight ranks; the same projection, cut in eight). A *step* is
-the same band of rows of a whole group: what its targets share is read once, in long ranges, and sliced in memory::
+A *group* is one tensor as every destination wants it (the same norm on eight ranks; the same projection, cut in
+eight). A *step* is the same band of rows of a whole group: what its targets share is read once, in long ranges, and
+sliced in memory::
 
     Step                 one block of memory: tiles first, then scratch
     ├── Tile                 a range of elements of one target
     └── Read                 a range of bytes of one object
         └── Copy                 elements of the read -> elements of a tile (strided, perhaps cast)
 
-A read whose bytes are a tile's bytes goes straight into it and takes no scratch. Small neighbouring groups share a step, so that they
-share reads. A step whose reads cannot all be held at once is *serial*: its reads take turns in one scratch buffer. Bands follow each other in the
-source as in the target, so each source byte is read once; only a transposed tensor that does not fit into the limit is read again for each of its
-bands.
+A read whose bytes are a tile's bytes goes straight into it and takes no scratch. Small neighbouring groups share a
+step, so that they share reads. A step whose reads cannot all be held at once is *serial*: its reads take turns in
+one scratch buffer. Bands follow each other in the source as in the target, so each source byte is read once; only a
+transposed tensor that does not fit into the limit is read again for each of its bands.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from shardtool.dtypes import DType
@@ -50,7 +52,10 @@ class Target:
 
 @dataclass(slots=True)
 class Tile:
-    """``nbytes`` of a target from ``offset`` of its sink. ``fill`` goes under its pieces, which need not cover it then."""
+    """``nbytes`` of a target from ``offset`` of its sink.
+
+    ``fill`` goes under its pieces, which need not cover it then.
+    """
 
     target: Target
     offset: int
@@ -72,7 +77,10 @@ class Copy:
 
 @dataclass(slots=True)
 class Read:
-    """Bytes [start, start + nbytes) of an object. ``place`` is in the block; None: straight into the one copy's tile."""
+    """Bytes [start, start + nbytes) of an object.
+
+    ``place`` is in the block; None: straight into the one copy's tile.
+    """
 
     key: str
     start: int
@@ -97,7 +105,9 @@ class Step:
 
 
 def least(groups: Iterable[Sequence[Target]], tile: int | None = None) -> int:
-    """The smallest block in which every group can be done, in tiles of ``tile`` bytes if a sink needs a certain size."""
+    """The smallest block in which every group can be done, in tiles of ``tile`` bytes if a sink needs a certain
+    size.
+    """
     need = 0
     for group in groups:
         tiles = sum(_up(min(tile or FLOOR, t.tensor.nbytes)) * t.staging for t in group)
@@ -105,11 +115,13 @@ def least(groups: Iterable[Sequence[Target]], tile: int | None = None) -> int:
     return need
 
 
-def steps(groups: Iterable[Sequence[Target]], *, limit: int, want: int, longest: int, tile: int | None = None) -> Iterator[Step]:
+def steps(
+    groups: Iterable[Sequence[Target]], *, limit: int, want: int, longest: int, tile: int | None = None
+) -> Iterator[Step]:
     """The steps that fill every target of every group, in order.
 
-    ``limit``: bytes that one step's block may have; ``want``: bytes that it should have; ``longest``: bytes of one read;
-    ``tile``: bytes of every tile, if a sink needs a certain size.
+    ``limit``: bytes that one step's block may have; ``want``: bytes that it should have; ``longest``: bytes of one
+    read; ``tile``: bytes of every tile, if a sink needs a certain size.
     """
     want = min(want, limit)
     batch: list[Sequence[Target]] = []
@@ -163,7 +175,9 @@ def _bands(group: Sequence[Target], limit: int, want: int, longest: int, tile: i
     size = tile or max(FLOOR, (limit // 2 if turned else want) // shares // ALIGN * ALIGN)
     done = [0] * len(group)
     while any(n < t.tensor.size for n, t in zip(done, group, strict=True)):
-        ranges = [(t, n, count) for n, t in zip(done, group, strict=True) if (count := _count(t, n, size, tile is not None))]
+        ranges = [
+            (t, n, count) for n, t in zip(done, group, strict=True) if (count := _count(t, n, size, tile is not None))
+        ]
         step = _step(ranges, longest, None)
         if step.cost > (limit if turned else want):
             if tile is None and not turned and size > FLOOR:
@@ -172,7 +186,9 @@ def _bands(group: Sequence[Target], limit: int, want: int, longest: int, tile: i
             scratch = limit - sum(_up(c * t.tensor.dtype.itemsize) * t.staging for t, _, c in ranges)
             if scratch < FLOOR + ALIGN:
                 needed = least([group], tile)
-                raise BudgetTooSmall(f"tensor {group[0].tensor.name!r} needs {needed} bytes of memory and has {limit}", needed=needed)
+                raise BudgetTooSmall(
+                    f"tensor {group[0].tensor.name!r} needs {needed} bytes of memory and has {limit}", needed=needed
+                )
             step = _step(ranges, longest, scratch // ALIGN * ALIGN)
         yield step
         for i, t in enumerate(group):
@@ -191,7 +207,7 @@ def _turned(piece: Piece) -> bool:
     """Whether the source runs in another direction than the target, so that bands of one are not bands of the other."""
     order = sorted(zip(piece.dst.strides, piece.src.strides, piece.dst.shape, strict=True), reverse=True)
     strides = [s for _, s, n in order if n > 1 and s]
-    return any(a < b for a, b in zip(strides, strides[1:], strict=False))
+    return any(a < b for a, b in pairwise(strides))
 
 
 def _step(ranges: Sequence[tuple[Target, int, int]], longest: int, scratch: int | None) -> Step:

@@ -23,6 +23,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 from shardtool.errors import UnsupportedTransform
 
@@ -32,7 +33,9 @@ MAX_PEELED = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Elements of one tensor: ``offset``, ``shape`` and ``strides``, all counted in elements. Strides are not negative."""
+    """Elements of one tensor: ``offset``, ``shape`` and ``strides``, all counted in elements. Strides are not
+    negative.
+    """
 
     offset: int
     shape: tuple[int, ...]
@@ -67,7 +70,9 @@ class Window:
     def narrow(self, dim: int, start: int, length: int, step: int = 1) -> Window:
         """``length`` indices of one dimension from ``start``, every ``step``-th."""
         if start < 0 or length < 0 or step < 1 or (length and start + (length - 1) * step >= self.shape[dim]):
-            raise UnsupportedTransform(f"{length} indices from {start} by {step} leave a dimension of {self.shape[dim]}")
+            raise UnsupportedTransform(
+                f"{length} indices from {start} by {step} leave a dimension of {self.shape[dim]}"
+            )
         offset = self.offset + start * self.strides[dim] if length else self.offset
         return Window(offset, _swap(self.shape, dim, length), _swap(self.strides, dim, self.strides[dim] * step))
 
@@ -148,8 +153,8 @@ def join(k1: Window, v1: Window, k2: Window, v2: Window) -> tuple[tuple[Window, 
     lo2, hi2 = k2.bounds
     if hi1 <= lo2 or hi2 <= lo1:
         return ()
-    places = sorted({s for s in (*k1.strides, *k2.strides)}) or [1]
-    if any(big % small for small, big in zip(places, places[1:], strict=False)):
+    places = sorted({*k1.strides, *k2.strides}) or [1]
+    if any(big % small for small, big in pairwise(places)):
         return tuple(
             (_with(a, [(n, s) for n, s in free]), _with(b, [(n, 0) for n, _ in free]))
             for (r1, w1), (r2, w2) in _peeled(k1, v1, k2, v2)
@@ -185,7 +190,9 @@ def _split_broadcast(k: Window, v: Window) -> tuple[list[tuple[int, int]], tuple
     return [(v.shape[i], v.strides[i]) for i in still], (k.transpose(*moving), v.transpose(*moving))
 
 
-def _peeled(k1: Window, v1: Window, k2: Window, v2: Window) -> Iterator[tuple[tuple[Window, Window], tuple[Window, Window]]]:
+def _peeled(
+    k1: Window, v1: Window, k2: Window, v2: Window
+) -> Iterator[tuple[tuple[Window, Window], tuple[Window, Window]]]:
     """The two pairs with the outermost dimension of the more entangled one taken apart."""
     own1 = _entangled(k1)
     first = own1 or (not _entangled(k2) and len(k1.shape) >= len(k2.shape))
@@ -200,7 +207,7 @@ def _peeled(k1: Window, v1: Window, k2: Window, v2: Window) -> Iterator[tuple[tu
 
 def _entangled(window: Window) -> bool:
     strides = sorted(set(window.strides))
-    return any(big % small for small, big in zip(strides, strides[1:], strict=False))
+    return any(big % small for small, big in pairwise(strides))
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +282,9 @@ def _meet(a: _Box, b: _Box, lowest: int) -> tuple[Window, Window] | None:
 
 
 def tiles(shape: tuple[int, ...], most: int) -> Iterator[tuple[int, int]]:
-    """Ranges (start, count) of elements in row-major order, each ``most`` at most, ending at the end of a row if it can."""
+    """Ranges (start, count) of elements in row-major order, each ``most`` at most, ending at the end of a row if it
+    can.
+    """
     total = math.prod(shape)
     size = aligned(shape, most)
     for start in range(0, total, size):
@@ -292,7 +301,9 @@ def aligned(shape: tuple[int, ...], most: int) -> int:
 
 
 def union(windows: Iterable[Window]) -> int:
-    """How many addresses the windows hold together. A window that meets itself other than by standing still is refused."""
+    """How many addresses the windows hold together. A window that meets itself other than by standing still is
+    refused.
+    """
     distinct = list(dict.fromkeys(_nested(window) for window in windows))
     total = 0
     for i, window in enumerate(distinct):
@@ -308,6 +319,8 @@ def _nested(window: Window) -> Window:
     extent = 1
     for stride, n in sorted(zip(kept.strides, kept.shape, strict=True)):
         if stride < extent and kept.size:
-            raise UnsupportedTransform(f"a window of shape {window.shape} with strides {window.strides} meets its elements twice")
+            raise UnsupportedTransform(
+                f"a window of shape {window.shape} with strides {window.strides} meets its elements twice"
+            )
         extent += stride * (n - 1)
     return kept

@@ -114,7 +114,7 @@ def reshaped(draw: Draw, view: View) -> View:
 @st.composite
 def factorings(draw: Draw, size: int) -> tuple[int, ...]:
     """A shape of ``size`` elements."""
-    shape = []
+    shape: list[int] = []
     while size > 1 and len(shape) < 4:
         factor = draw(st.sampled_from([n for n in range(1, size + 1) if size % n == 0]))
         shape.append(factor)
@@ -210,7 +210,9 @@ def _rows(view: View, width: int) -> View:
     return View(window.reshape(rows, width), line.array[: rows * width].reshape(rows, width))
 
 
-def run(pieces: Iterable[Piece], shape: tuple[int, ...], held: Callable[[Any], Array], fill: float | None = None) -> Array:
+def run(
+    pieces: Iterable[Piece], shape: tuple[int, ...], held: Callable[[Any], Array], fill: float | None = None
+) -> Array:
     """Execute pieces on arrays; -1 where nothing lands. ``held`` gives the elements of a piece's source."""
     out = np.full(math.prod(shape), -1 if fill is None else fill, np.int64)
     for piece in pieces:
@@ -244,7 +246,7 @@ def catalog(held: Sources) -> dict[str, Tensor]:
 
 @st.composite
 def layouts(draw: Draw, held: Sources) -> list[Mosaic]:
-    """Targets that hold each element of the sources at least once: cut into blocks, each turned or reshaped and stacked."""
+    """Targets that hold each element of the sources at least once: blocks, each turned or reshaped or stacked."""
     found: list[Mosaic] = []
     for source, array in held.items():
         for view in _blocks(draw, whole_view(array.shape, array), draw(st.integers(0, 3))):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 
 import pytest
 from hypothesis import strategies as st
@@ -51,7 +53,7 @@ class Lending(RuleBasedStateMachine):
     def nothing_is_lent_twice(self) -> None:
         """Blocks do not overlap and stay inside."""
         spans = sorted((b.start, b.end) for b in self.lent)
-        assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False))
+        assert all(a[1] <= b[0] for a, b in pairwise(spans))
         assert all(0 <= a < b <= self.SIZE for a, b in spans)
 
 
@@ -72,7 +74,7 @@ def test_threads_never_share_a_byte():
                 wrong.append(f"thread {number} lost its bytes")
             block.release()
 
-    run_all([lambda n=n: work(n) for n in range(1, 9)])
+    run_all([partial(work, n) for n in range(1, 9)])
     assert not wrong
     assert arena.lease(1 << 12).view.nbytes == 1 << 12  # all of it has come back in one piece
 
@@ -208,7 +210,7 @@ def test_a_gate_never_counts_more_than_its_limit():
                 inside -= nbytes
             gate.leave(nbytes)
 
-    run_all([lambda n=n: work(n) for n in range(8)])
+    run_all([partial(work, n) for n in range(8)])
     assert 0 < most <= 100
 
 

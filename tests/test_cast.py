@@ -80,7 +80,8 @@ def test_any_strides_and_shapes_are_cast_in_place(values: Array, data: st.DataOb
 
 
 @pytest.mark.parametrize(
-    "shape", [(BLOCK + 1,), (1, BLOCK + 1), (3, BLOCK + 1), (BLOCK + 1, 1), (1, 1, 2 * BLOCK), (7, 1, 5000), (5, 3, BLOCK)]
+    "shape",
+    [(BLOCK + 1,), (1, BLOCK + 1), (3, BLOCK + 1), (BLOCK + 1, 1), (1, 1, 2 * BLOCK), (7, 1, 5000), (5, 3, BLOCK)],
 )
 def test_what_is_larger_than_a_block_is_cast_whole(shape: tuple[int, ...]):
     values = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)

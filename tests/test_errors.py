@@ -28,7 +28,7 @@ def drawn() -> dict[str, tuple[str | None, int]]:
 
 
 def test_the_docstring_draws_every_class_below_its_parent_with_its_exit_code():
-    actual = {c.__name__: (c.__bases__[0].__name__, c.exit_code) for c in CLASSES}
+    actual: dict[str, tuple[str | None, int]] = {c.__name__: (c.__bases__[0].__name__, c.exit_code) for c in CLASSES}
     actual["ShardtoolError"] = (None, ShardtoolError.exit_code)
     assert drawn() == actual
 

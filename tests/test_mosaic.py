@@ -18,7 +18,7 @@ from shardtool.layouts.rules import RULES, Dims, Source
 from shardtool.mosaic import Logical, check_target, held_once, invert, resolve
 from shardtool.plan import Piece, Stored, Tensor, whole
 from shardtool.window import Window, flat, row_major
-from tests.strategies import Mosaic, Sources, Array, addresses, catalog, layouts, mosaic, mosaics, run, sources, stored
+from tests.strategies import Array, Mosaic, Sources, addresses, catalog, layouts, mosaic, mosaics, run, sources, stored
 
 
 def executed(target: Mosaic, catalogue: dict[str, Tensor], held: Sources) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -55,7 +56,7 @@ def test_a_recipe_is_read_back_from_json_as_it_was(recipe: Recipe):
 def test_runs_are_the_numbers_and_each_run_goes_as_far_as_it_can(numbers: list[int]):
     made = runs(numbers)
     assert from_runs(made) == tuple(numbers)
-    assert all(a[1] != b[0] for a, b in zip(made, made[1:], strict=False))
+    assert all(a[1] != b[0] for a, b in pairwise(made))
 
 
 def test_a_whole_tensor_is_written_down_as_its_name_alone():
@@ -79,6 +80,13 @@ def test_a_rule_makes_one_target_for_each_number_with_the_number_in_every_name()
     assert list(recipe.tensors(2)) == []
     assert recipe.ranks() == (0, 1)
     assert filled("a.{i}", None) == "a.{i}"
+
+
+@given(RECIPES)
+def test_by_name_and_by_rank_a_recipe_makes_the_same_targets(recipe: Recipe):
+    by_name = [(rank, t.name, t.shape, t.fill, t.pieces()) for group in recipe.by_name() for rank, t in group]
+    by_rank = [(rank, t.name, t.shape, t.fill, t.pieces()) for rank in recipe.ranks() for t in recipe.tensors(rank)]
+    assert sorted(by_name, key=repr) == sorted(by_rank, key=repr)
 
 
 def test_the_windows_of_each_source_are_those_of_all_ranks():
@@ -113,7 +121,7 @@ def test_the_recipe_that_the_damage_is_done_to_is_sound():
     assert to_json(from_json(SOUND, "shardtool.json")) == SOUND
 
 
-DAMAGE = [
+DAMAGE: list[tuple[list[Any], Any]] = [
     ([], None),
     ([], 3),
     ([], {"a": 1}),
@@ -202,8 +210,10 @@ def test_a_recipe_that_lacks_something_is_refused(path: tuple[Any, ...]):
 
 JSON = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3)),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(["name", "i", "dtype", "shares", "ranks", "shape", "pieces", "of"]), inner),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["name", "i", "dtype", "shares", "ranks", "shape", "pieces", "of"]), inner)
+    ),
     max_leaves=12,
 )
 PLACES = [path for path, _ in DAMAGE if path]

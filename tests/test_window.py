@@ -43,14 +43,14 @@ def test_a_reshape_is_numpys_or_is_refused_where_numpy_would_copy(view: View, da
     try:
         made = view.window.reshape(*shape)
     except UnsupportedTransform:
-        trial = view.array.view()
-        with pytest.raises(AttributeError):  # numpy's way to say that it takes a copy
-            np.ndarray.shape.__set__(trial, shape)
+        assert not np.shares_memory(view.array, view.array.reshape(shape))
     else:
         assert np.array_equal(addresses(made), view.array.reshape(shape))
 
 
-@pytest.mark.parametrize(("start", "length", "step"), [(-1, 1, 1), (0, 6, 1), (5, 1, 1), (1, 3, 2), (0, 1, 0), (0, -1, 1)])
+@pytest.mark.parametrize(
+    ("start", "length", "step"), [(-1, 1, 1), (0, 6, 1), (5, 1, 1), (1, 3, 2), (0, 1, 0), (0, -1, 1)]
+)
 def test_indices_that_leave_a_dimension_are_refused(start: int, length: int, step: int):
     with pytest.raises(UnsupportedTransform, match="leave a dimension of 5"):
         row_major((5,)).narrow(0, start, length, step)
@@ -91,9 +91,7 @@ def met(k1: Window, v1: Window, k2: Window, v2: Window) -> Counter[tuple[int, in
 def joined(*pairs: Window) -> Counter[tuple[int, int]]:
     """What it says."""
     return Counter(
-        (int(at), int(to))
-        for a, b in join(*pairs)
-        for at, to in zip(addresses(a).flat, addresses(b).flat, strict=True)
+        (int(at), int(to)) for a, b in join(*pairs) for at, to in zip(addresses(a).flat, addresses(b).flat, strict=True)
     )
 
 

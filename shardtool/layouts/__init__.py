@@ -1,0 +1,1 @@
+"""Layouts: how engines name and cut a model's tensors, as data."""

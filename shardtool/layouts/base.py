@@ -48,7 +48,10 @@ def _never_equal(_a: str, _b: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A source model. ``equal(a, b)`` compares two tensors' bytes; it may read, so a layout asks only where it must know."""
+    """A source model.
+
+    ``equal(a, b)`` compares two tensors' bytes; it may read, so a layout asks only where it must know.
+    """
 
     config: Mapping[str, Any]
     tensors: Mapping[str, Logical]

@@ -1,8 +1,9 @@
 """The built-in tables: how vLLM 0.32 names and cuts the decoders that people serve most. A new family is a few lines.
 
-A table is data. The manifest of a checkpoint keeps the one that made it, so that it can be cut again after these have changed.
-Facts are vLLM's ``model_executor/models/{llama,mistral,qwen2,qwen3,phi3,gemma2,gemma3,granite}.py`` and the defaults of the
-configuration classes that it reads config.json with; ``docs/layouts.md`` explains the columns.
+A table is data. The manifest of a checkpoint keeps the one that made it, so that it can be cut again after these
+have changed. Facts are vLLM's ``model_executor/models/{llama,mistral,qwen2,qwen3,phi3,gemma2,gemma3,granite}.py``
+and the defaults of the configuration classes that it reads config.json with; ``docs/layouts.md`` explains the
+columns.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ ENGINE_VERSION = "0.32"
 class Row:
     """One line of a table: ``to`` is cut by ``rule`` from ``of``.
 
-    ``{i}`` in names is the layer. ``when`` is a condition on config.json (``holds``). ``size`` names the size that the cut dimension must have.
-    ``of`` may name alternatives: a checkpoint holds either all of ``of`` or the one tensor ``fused``.
+    ``{i}`` in names is the layer. ``when`` is a condition on config.json (``holds``). ``size`` names the size that
+    the cut dimension must have. ``instead``: names under which a checkpoint may hold the same (one tensor for q, k
+    and v, say, or three).
     """
 
     rule: str
@@ -31,12 +33,16 @@ class Row:
     of: tuple[str, ...] = ()
     when: str = ""
     size: str = ""
-    fused: str = ""
+    instead: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A table. ``defaults``: what the engine assumes where config.json is silent. ``drops``: parts of names that it skips, and why."""
+    """A table.
+
+    ``defaults``: what the engine assumes where config.json is silent. ``drops``: parts of names that it skips, and
+    why.
+    """
 
     name: str
     architectures: tuple[str, ...]
@@ -56,7 +62,8 @@ class Family:
 def holds(when: str, config: Mapping[str, Any]) -> bool:
     """Whether a condition is true of a config.
 
-    ``a|b``: one of the keys is true. ``not a``: it is not. ``x else a|b``: x decides if config.json has it, else the rest.
+    ``a|b``: one of the keys is true. ``not a``: it is not. ``x else a|b``: x decides if config.json has it, else
+    the rest.
     """
     if not when:
         return True
@@ -83,8 +90,12 @@ def _decoder(
     qkv_bias: str | None = None,
     o_bias: str | None = None,
     mlp_bias: str | None = None,
+    fused: bool = False,
 ) -> tuple[Row, ...]:
-    """The rows of a Llama-like decoder. A bias is None where the engine never has one, else its condition."""
+    """The rows of a Llama-like decoder. A bias is None where the engine never has one, else its condition.
+
+    ``fused``: checkpoints hold q, k, v and gate, up in one tensor each, as the engine does.
+    """
     embed, attention, mlp = "model.embed_tokens.weight", _L + "self_attn.", _L + "mlp."
     if head:
         rows = [
@@ -99,14 +110,16 @@ def _decoder(
     for kind, qkv, o, gate_up in (("weight", "", "", ""), ("bias", qkv_bias, o_bias, mlp_bias)):
         across = "row" if kind == "weight" else "copy"  # a bias of a row-parallel layer is whole on every rank
         if qkv is not None:
-            names = tuple(f"{attention}{x}_proj.{kind}" for x in "qkv")
-            rows.append(Row("qkv", f"{attention}qkv_proj.{kind}", names, qkv, fused=f"{attention}qkv_proj.{kind}"))
+            one = f"{attention}qkv_proj.{kind}"
+            names = ((one,), tuple(f"{attention}{x}_proj.{kind}" for x in "qkv"))
+            rows.append(Row("qkv", one, names[not fused], qkv, instead=names[fused]))
         if o is not None:
             name = f"{attention}o_proj.{kind}"
             rows.append(Row(across, name, (name,), o, "heads" if kind == "weight" else ""))
         if gate_up is not None:
-            names = (f"{mlp}gate_proj.{kind}", f"{mlp}up_proj.{kind}")
-            rows.append(Row("gate_up", f"{mlp}gate_up_proj.{kind}", names, gate_up, "intermediate", f"{mlp}gate_up_proj.{kind}"))
+            one = f"{mlp}gate_up_proj.{kind}"
+            names = ((one,), (f"{mlp}gate_proj.{kind}", f"{mlp}up_proj.{kind}"))
+            rows.append(Row("gate_up", one, names[not fused], gate_up, "intermediate", names[fused]))
             name = f"{mlp}down_proj.{kind}"
             rows.append(Row(across, name, (name,), gate_up, "intermediate" if kind == "weight" else ""))
     if qk_norm is not None:
@@ -120,8 +133,8 @@ def _defaults(vocab: int, hidden: int, inter: int, layers: int, heads: int, **mo
     return {**sizes, "num_attention_heads": heads, "tie_word_embeddings": False, **more}
 
 
-_LLAMA_BIAS = {"qkv_bias": "qkv_bias else attention_bias|bias", "o_bias": "attention_bias|bias", "mlp_bias": "mlp_bias"}
-_GEMMA_BIAS = {"qkv_bias": "attention_bias", "o_bias": "attention_bias"}
+_QKV_BIAS = "qkv_bias else attention_bias|bias"
+_BIAS = "attention_bias|bias"
 _GEMMA_NORMS = (
     "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
 )  # fmt: skip
@@ -132,7 +145,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "llama",
         ("LlamaForCausalLM", "LLaMAForCausalLM"),
-        _decoder(**_LLAMA_BIAS),
+        _decoder(qkv_bias=_QKV_BIAS, o_bias=_BIAS, mlp_bias="mlp_bias"),
         _defaults(32000, 4096, 11008, 32, 32),
         refused=_REFUSED,
         drops=_DROPS,
@@ -140,7 +153,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "mistral",
         ("MistralForCausalLM",),
-        _decoder(**_LLAMA_BIAS),
+        _decoder(qkv_bias=_QKV_BIAS, o_bias=_BIAS, mlp_bias="mlp_bias"),
         _defaults(32000, 4096, 14336, 32, 32, num_key_value_heads=8),
         refused=(*_REFUSED, "ada_rms_norm_t_cond"),
         drops=_DROPS,
@@ -165,7 +178,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "phi3",
         ("Phi3ForCausalLM",),
-        _decoder(**_LLAMA_BIAS),
+        _decoder(qkv_bias=_QKV_BIAS, o_bias=_BIAS, mlp_bias="mlp_bias", fused=True),
         _defaults(32064, 3072, 8192, 32, 32),
         refused=_REFUSED,
         drops=_DROPS,
@@ -173,7 +186,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "gemma2",
         ("Gemma2ForCausalLM",),
-        _decoder(norms=_GEMMA_NORMS, head=False, **_GEMMA_BIAS),
+        _decoder(norms=_GEMMA_NORMS, head=False, qkv_bias="attention_bias", o_bias="attention_bias"),
         _defaults(256000, 2304, 9216, 26, 8, num_key_value_heads=4, head_dim=256, tie_word_embeddings=True),
         tied=("", ""),
         dtypes=("BF16", "F32"),
@@ -183,7 +196,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "gemma3",
         ("Gemma3ForCausalLM",),
-        _decoder(norms=_GEMMA_NORMS, qk_norm="", **_GEMMA_BIAS),
+        _decoder(norms=_GEMMA_NORMS, qk_norm="", qkv_bias="attention_bias", o_bias="attention_bias"),
         _defaults(262208, 2304, 9216, 26, 8, num_key_value_heads=4, head_dim=256, tie_word_embeddings=True),
         dtypes=("BF16", "F32"),
         refused=_REFUSED,
@@ -193,7 +206,7 @@ FAMILIES: tuple[Family, ...] = (
         "granite",
         ("GraniteForCausalLM",),
         (
-            *_decoder(qkv_bias="attention_bias|bias", o_bias="attention_bias|bias", mlp_bias="mlp_bias"),
+            *_decoder(qkv_bias=_BIAS, o_bias=_BIAS, mlp_bias="mlp_bias"),
             Row("column", _L + "self_attn.sinks", (_L + "self_attn.sinks",), _SINKS, "sinks"),
         ),
         _defaults(32000, 4096, 11008, 32, 32),
@@ -223,12 +236,14 @@ def find(config: Mapping[str, Any]) -> Family:
 def from_record(value: Any, where: str) -> Family:
     """A table that a manifest kept. Raises ``FormatError``."""
     try:
-        rows = tuple(Row(**{**row, "of": tuple(row["of"])}) for row in value["rows"])
+        rows = tuple(Row(**{**row, "of": tuple(row["of"]), "instead": tuple(row["instead"])}) for row in value["rows"])
         lists = {key: tuple(value[key]) for key in ("architectures", "tied", "dtypes", "refused")}
         family = Family(**{**value, **lists, "rows": rows})
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(f"{where}: the layout table is damaged ({error!r})") from None
     for row in rows:
         if row.rule not in RULES:
-            raise FormatError(f"{where}: the layout uses the rule {row.rule!r}, which this version of shardtool does not know")
+            raise FormatError(
+                f"{where}: the layout uses the rule {row.rule!r}, which this version of shardtool does not know"
+            )
     return family

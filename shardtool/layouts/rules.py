@@ -1,8 +1,8 @@
 """The vocabulary of layout tables: how one target is cut from its sources, for every rank.
 
-Each rule is a function from the sources' shapes to the ranks' shares, and back: ``unshard`` tells the sources' shapes from a rank's
-shape, so that shards without a manifest can be read too. Sources: vLLM 0.32 ``model_executor/layers/linear.py`` and
-``vocab_parallel_embedding.py``.
+Each rule is a function from the sources' shapes to the ranks' shares, and back: ``unshard`` tells the sources'
+shapes from a rank's shape, so that shards without a manifest can be read too. Sources: vLLM 0.32
+``model_executor/layers/linear.py`` and ``vocab_parallel_embedding.py``.
 
 ========== ============================================================================= ==================
 rule       rank r of tp holds                                                              engine's name
@@ -64,7 +64,9 @@ def _fail(target: str, why: str) -> PlanError:
 
 def _divide(target: str, what: str, size: int, tp: int) -> int:
     if size % tp:
-        raise _fail(target, f"{what} {size} cannot be divided by --tp {tp}; the engine refuses it too, use a tp that divides it")
+        raise _fail(
+            target, f"{what} {size} cannot be divided by --tp {tp}; the engine refuses it too, use a tp that divides it"
+        )
     return size // tp
 
 
@@ -85,7 +87,11 @@ def _same_width(target: str, sources: Sources) -> Shape:
     rest = sources[0].shape[1:]
     for source in sources:
         if not source.shape or source.shape[1:] != rest:
-            raise _fail(target, f"its sources have the shapes {', '.join(str(list(s.shape)) for s in sources)}, which cannot be stacked")
+            raise _fail(
+                target,
+                f"its sources have the shapes {', '.join(str(list(s.shape)) for s in sources)}, which cannot "
+                f"be stacked",
+            )
     return rest
 
 
@@ -141,11 +147,16 @@ def row(target: str, sources: Sources, _dims: Dims, tp: int) -> tuple[Share, ...
     mine = _divide(target, "its input size", source.shape[1], tp)
     shape = (source.shape[0], mine)
     full = row_major(source.shape)
-    return tuple(Share((r,), shape, (Piece(row_major(shape), full.narrow(1, r * mine, mine), source.name),)) for r in range(tp))
+    return tuple(
+        Share((r,), shape, (Piece(row_major(shape), full.narrow(1, r * mine, mine), source.name),)) for r in range(tp)
+    )
 
 
 def qkv(target: str, sources: Sources, dims: Dims, tp: int) -> tuple[Share, ...]:
-    """Each rank its heads: query, key, value. Where there are fewer kv heads than ranks, neighbours hold the same one."""
+    """Each rank its heads: query, key, value.
+
+    Where there are fewer kv heads than ranks, neighbours hold the same one.
+    """
     rest = _same_width(target, sources)
     q_rows, kv_rows = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
     if len(sources) == 1:
@@ -157,13 +168,16 @@ def qkv(target: str, sources: Sources, dims: Dims, tp: int) -> tuple[Share, ...]
     if rows != expected:
         raise _fail(
             target,
-            f"its sources have {rows} rows, but {dims.heads} heads and {dims.kv_heads} kv heads of {dims.head_dim} in config.json "
+            f"its sources have {rows} rows, but {dims.heads} heads and {dims.kv_heads} kv heads of "
+            f"{dims.head_dim} in config.json "
             f"make {expected}",
         )
     heads = _divide(target, "the number of heads", dims.heads, tp)
     if tp > dims.kv_heads:
         if tp % dims.kv_heads:
-            raise _fail(target, f"--tp {tp} is not a multiple of its {dims.kv_heads} kv heads; the engine refuses it too")
+            raise _fail(
+                target, f"--tp {tp} is not a multiple of its {dims.kv_heads} kv heads; the engine refuses it too"
+            )
         kv, sharing = 1, tp // dims.kv_heads
     else:
         kv, sharing = _divide(target, "the number of kv heads", dims.kv_heads, tp), 1
@@ -188,7 +202,9 @@ def vocab(target: str, sources: Sources, dims: Dims, tp: int) -> tuple[Share, ..
     """Each rank its rows of the padded vocabulary; padding is zeros, also at tp 1."""
     (source,) = sources
     if not source.shape or source.shape[0] != dims.vocab:
-        raise _fail(target, f"its source has the shape {list(source.shape)}, but config.json says vocab_size {dims.vocab}")
+        raise _fail(
+            target, f"its source has the shape {list(source.shape)}, but config.json says vocab_size {dims.vocab}"
+        )
     mine = _divide(target, "the padded vocabulary", padded_vocab(dims.vocab), tp)
     shape = (mine, *source.shape[1:])
     shares = []
@@ -228,4 +244,3 @@ def unshard(rule: str, shape: Shape, sources: int, dims: Dims, tp: int) -> tuple
     if rule == "gate_up" and sources == 2:
         return ((shape[0] * tp // 2, *rest),) * 2
     return ((shape[0] * tp, *rest),)
-

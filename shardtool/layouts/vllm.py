@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shardtool.dtypes import DType
-from shardtool.errors import FormatError, PlanError, TensorMismatch, UnsupportedModel
+from shardtool.dtypes import DType, castable
+from shardtool.errors import FormatError, PlanError, TensorMismatch, UnsupportedModel, UnsupportedTransform
 from shardtool.layouts.base import Model, Outline, Parallel
 from shardtool.layouts.families import ENGINE, ENGINE_VERSION, Family, Row, find, from_record, holds
 from shardtool.layouts.rules import RULES, Dims, Source, unshard
@@ -26,10 +26,16 @@ class VllmLayout:
     """The layout of one family's table."""
 
     family: Family
+    engine_version: str = ENGINE_VERSION
 
     def record(self) -> dict[str, Any]:
         """What the manifest keeps."""
-        return {"engine": ENGINE, "engine_version": ENGINE_VERSION, "kind": "builtin", "table": self.family.record()}
+        return {
+            "engine": ENGINE,
+            "engine_version": self.engine_version,
+            "kind": "builtin",
+            "table": self.family.record(),
+        }
 
     def dtype(self, wanted: DType) -> DType:
         """The dtype in which the engine holds a model of this config dtype (it runs Gemma's float16 as bfloat16)."""
@@ -71,22 +77,27 @@ class VllmLayout:
         per_layer = SLOT in row.to
         for i in range(layers) if per_layer else (None,):
             names = row.of
-            if row.fused and filled(row.fused, i) in model.tensors:
-                names = (row.fused,)
+            if row.instead and all(filled(name, i) in model.tensors for name in row.instead):
+                names = row.instead
             kind = []
             for name in names:
                 tensor = model.tensors.get(filled(name, i))
                 if tensor is None:
                     raise PlanError(
-                        f"the checkpoint has no tensor {filled(name, i)!r}, which {self.family.architectures[0]} with this config.json needs"
+                        f"the checkpoint has no tensor {filled(name, i)!r}, which "
+                        f"{self.family.architectures[0]} with this config.json needs"
+                    )
+                if not castable(tensor.dtype, model.dtype):
+                    raise UnsupportedTransform(
+                        f"tensor {filled(name, i)!r} is {tensor.dtype.name}, which cannot be cast to {model.dtype.name}"
                     )
                 used.add(filled(name, i))
                 kind.append((name, tensor.shape))
             kinds.setdefault(tuple(kind), []).append(-1 if i is None else i)
         found = []
-        for kind, index in kinds.items():
+        for alike, index in kinds.items():
             target = filled(row.to, index[0])
-            sources = [Source(name, shape) for name, shape in kind]
+            sources = [Source(name, shape) for name, shape in alike]
             _check_size(target, row, sources, dims, config)
             shares = RULES[row.rule](target, sources, dims, tp)
             dtype = DType.F32 if row.rule == "scalar" else model.dtype
@@ -111,7 +122,8 @@ class VllmLayout:
         if strange:
             shown = ", ".join(repr(name) for name in sorted(strange)[:3]) + (" ..." if len(strange) > 3 else "")
             raise PlanError(
-                f"{len(strange)} source tensors have no place in {self.family.architectures[0]} with this config.json: {shown}; "
+                f"{len(strange)} source tensors have no place in {self.family.architectures[0]} with this "
+                f"config.json: {shown}; "
                 "check config.json and the index, or remove them from the checkpoint"
             )
         return dropped
@@ -131,13 +143,17 @@ class VllmLayout:
                 target = filled(row.to, i)
                 expected.add(target)
                 if target not in held:
-                    raise TensorMismatch(f"the shards have no tensor {target!r}, which {self.family.architectures[0]} needs")
-                names = (row.fused,) if self.family.name == "phi3" and row.fused else row.of
-                shapes = unshard(row.rule, held[target].shape, len(names), dims, tp)
-                for name, shape in zip(names, shapes, strict=False):
+                    raise TensorMismatch(
+                        f"the shards have no tensor {target!r}, which {self.family.architectures[0]} needs"
+                    )
+                shapes = unshard(row.rule, held[target].shape, len(row.of), dims, tp)
+                for name, shape in zip(row.of, shapes, strict=True):
                     sources.setdefault(filled(name, i), Logical(held[target].dtype, shape))
         if strange := sorted(set(held) - expected):
-            raise TensorMismatch(f"the shards have {len(strange)} tensors that {self.family.architectures[0]} does not, first {strange[0]!r}")
+            raise TensorMismatch(
+                f"the shards have {len(strange)} tensors that {self.family.architectures[0]} does not, first "
+                f"{strange[0]!r}"
+            )
         return sources
 
 
@@ -154,8 +170,11 @@ def for_config(config: Mapping[str, Any]) -> VllmLayout:
 def from_manifest(record: Mapping[str, Any], where: str) -> VllmLayout:
     """The layout that a manifest kept. Raises ``FormatError``."""
     if record.get("engine") != ENGINE or record.get("kind") != "builtin":
-        raise FormatError(f"{where}: the layout {record.get('engine')!r} {record.get('kind')!r} is not one that this version of shardtool knows")
-    return VllmLayout(from_record(record.get("table"), where))
+        raise FormatError(
+            f"{where}: the layout {record.get('engine')!r} {record.get('kind')!r} is not one that this version "
+            f"of shardtool knows"
+        )
+    return VllmLayout(from_record(record.get("table"), where), str(record.get("engine_version")))
 
 
 def _integer(config: Mapping[str, Any], key: str) -> int:
@@ -169,7 +188,9 @@ def _dims(family: Family, config: Mapping[str, Any]) -> Dims:
     heads = _integer(config, "num_attention_heads")
     kv_heads = heads if config.get("num_key_value_heads") is None else _integer(config, "num_key_value_heads")
     if heads % kv_heads:
-        raise PlanError(f"config.json says {heads} heads and {kv_heads} kv heads, which do not divide; the engine refuses it too")
+        raise PlanError(
+            f"config.json says {heads} heads and {kv_heads} kv heads, which do not divide; the engine refuses it too"
+        )
     if family.head_dim_key and config.get(family.head_dim_key):
         head_dim = _integer(config, family.head_dim_key)
     else:
@@ -178,7 +199,10 @@ def _dims(family: Family, config: Mapping[str, Any]) -> Dims:
 
 
 def _check_size(target: str, row: Row, sources: list[Source], dims: Dims, config: Mapping[str, Any]) -> None:
-    """Refuse sources whose cut dimension is not what config.json says: the engine would cut them short without a word."""
+    """Refuse sources whose cut dimension is not what config.json says.
+
+    The engine would cut them short without a word.
+    """
     if not row.size:
         return
     if row.size == "intermediate":
@@ -191,4 +215,6 @@ def _check_size(target: str, row: Row, sources: list[Source], dims: Dims, config
     times = 2 if row.rule == "gate_up" and len(sources) == 1 else 1
     for source in sources:
         if len(source.shape) <= dim or source.shape[dim] != want * times:
-            raise PlanError(f"tensor {target!r}: its source has the shape {list(source.shape)}, but {said} in config.json is {want}")
+            raise PlanError(
+                f"tensor {target!r}: its source has the shape {list(source.shape)}, but {said} in config.json is {want}"
+            )

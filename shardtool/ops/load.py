@@ -7,8 +7,8 @@
     ├── load_into   straight into existing parameters
     └── measure     counted and dropped, for people who want to know how fast it is
 
-A thread dispatches, readers fill tensors, the caller takes them. The memory limit covers buffers and the tensors that are read ahead;
-what was handed over, and the one that is being filled, are the caller's.
+A thread dispatches, readers fill tensors, the caller takes them. The memory limit covers buffers and the tensors
+that are read ahead; what was handed over, and the one that is being filled, are the caller's.
 """
 
 from __future__ import annotations
@@ -93,8 +93,9 @@ def stream(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield ``(name, tensor)`` for every tensor of a rank, in the order of its files; the caller owns them.
 
-    ``rank`` may be left out where there is only one, or none (a Hugging Face checkpoint). ``verify``: check each chunk's digest on the way, if there is a
-    manifest; a damaged tensor raises ``ChecksumMismatch`` before it is handed over. ``memory_limit``: bytes or a text such as ``1GiB``.
+    ``rank`` may be left out where there is only one, or none (a Hugging Face checkpoint). ``verify``: check each
+    chunk's digest on the way, if there is a manifest; a damaged tensor raises ``ChecksumMismatch`` before it is
+    handed over. ``memory_limit``: bytes or a text such as ``1GiB``.
     """
     checkpoint = _opened(os.fspath(uri), rank, pattern)
     items = _items(checkpoint, _rank(checkpoint, rank), verify=verify)
@@ -140,8 +141,8 @@ def load_into(
 ) -> None:
     """Fill the parameters of a module, or the tensors of a state dict, in place.
 
-    Names, shapes and dtypes are compared first: ``TensorMismatch`` means that nothing was written. A tensor of the target that shares its memory with
-    another (tied weights) need not be in the checkpoint.
+    Names, shapes and dtypes are compared first: ``TensorMismatch`` means that nothing was written. A tensor of the
+    target that shares its memory with another (tied weights) need not be in the checkpoint.
     """
     import torch
 
@@ -166,7 +167,10 @@ def measure(
     pattern: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LoadReport:
-    """Stream a rank, or every rank (rank r to cuda:r where there are as many GPUs), dropping the tensors, and report."""
+    """Stream a rank, or every rank, dropping the tensors, and report.
+
+    Rank r goes to ``cuda:r`` where there are as many GPUs.
+    """
     began = time.monotonic()
     checkpoint = _opened(os.fspath(uri), rank, pattern)
     ranks: tuple[int | None, ...] = (rank,) if rank is not None else (checkpoint.ranks or (None,))
@@ -213,8 +217,14 @@ def _device_of(device: str, rank: int | None, ranks: int) -> str:
 
 def _opened(uri: str, rank: int | None, pattern: str | None) -> Checkpoint:
     checkpoint = open_checkpoint(uri, shard_pattern=pattern)
-    if checkpoint.manifest is not None and rank is not None and rank not in range(checkpoint.manifest.tp * checkpoint.manifest.pp):
-        raise NotFound(f"{uri} has no rank {rank}; it has ranks 0 to {checkpoint.manifest.tp * checkpoint.manifest.pp - 1}")
+    if (
+        checkpoint.manifest is not None
+        and rank is not None
+        and rank not in range(checkpoint.manifest.tp * checkpoint.manifest.pp)
+    ):
+        raise NotFound(
+            f"{uri} has no rank {rank}; it has ranks 0 to {checkpoint.manifest.tp * checkpoint.manifest.pp - 1}"
+        )
     return with_headers(checkpoint, None if rank is None else [rank])
 
 
@@ -231,7 +241,10 @@ def _rank(checkpoint: Checkpoint, rank: int | None) -> int | None:
 
 
 def _items(checkpoint: Checkpoint, rank: int | None, *, verify: bool) -> list[_Item]:
-    """The tensors of a rank in the order of their bytes, with their digests. What differs from the manifest is refused."""
+    """The tensors of a rank in the order of their bytes, with their digests.
+
+    What differs from the manifest is refused.
+    """
     records = {record.key: record for record in checkpoint.manifest.files} if checkpoint.manifest else {}
     if rank is not None and rank not in checkpoint.ranks:
         raise NotFound(f"{checkpoint.uri} has no rank {rank}")
@@ -244,12 +257,16 @@ def _items(checkpoint: Checkpoint, rank: int | None, *, verify: bool) -> list[_I
                 continue
             names = [entry.name for entry in file.header.entries]
             if names != [t.name for t in record.tensors] or file.size != record.size:
-                raise TensorMismatch(f"{checkpoint.store.locate(file.key)} does not hold what the manifest lists; run shardtool verify")
+                raise TensorMismatch(
+                    f"{checkpoint.store.locate(file.key)} does not hold what the manifest lists; run shardtool verify"
+                )
             chunks.update({t.name: t.digest.chunks for t in record.tensors})
     found = [_Item(name, file, entry, chunks.get(name)) for name, (file, entry) in entries.items()]
     for item in found:
         if item.chunks is not None and len(item.chunks) != -(-item.entry.nbytes // digest.CHUNK):
-            raise TensorMismatch(f"{checkpoint.uri}: tensor {item.name!r} has another size than its digests; run shardtool verify")
+            raise TensorMismatch(
+                f"{checkpoint.uri}: tensor {item.name!r} has another size than its digests; run shardtool verify"
+            )
     return found
 
 
@@ -258,11 +275,14 @@ def _check_fit(items: list[_Item], tensors: Mapping[str, torch.Tensor], uri: str
     for item in items:
         tensor = tensors.get(item.name)
         if tensor is None:
-            raise TensorMismatch(f"{uri} has the tensor {item.name!r}, which the target does not have; nothing was written")
+            raise TensorMismatch(
+                f"{uri} has the tensor {item.name!r}, which the target does not have; nothing was written"
+            )
         kind = item.entry.dtype.torch()
         if tuple(tensor.shape) != item.entry.shape or tensor.dtype is not kind:
             raise TensorMismatch(
-                f"{uri}: tensor {item.name!r} is {kind} {list(item.entry.shape)}, the target's is {tensor.dtype} {list(tensor.shape)}; "
+                f"{uri}: tensor {item.name!r} is {kind} {list(item.entry.shape)}, the target's is "
+                f"{tensor.dtype} {list(tensor.shape)}; "
                 "nothing was written"
             )
         filled.add((tensor.data_ptr(), tensor.device))
@@ -325,7 +345,9 @@ def _limits(items: list[_Item], staged: bool, memory_limit: int | str | None, co
     elif limit == 0:
         limit = least
     if limit < least:
-        raise BudgetTooSmall(f"--memory-limit {show_size(limit)} is too small to load: {least} bytes would do", needed=least)
+        raise BudgetTooSmall(
+            f"--memory-limit {show_size(limit)} is too small to load: {least} bytes would do", needed=least
+        )
     arena = max(least - LEAST // 2, min(limit // 2, concurrency * digest.CHUNK)) if staged else min(limit // 2, SCRATCH)
     return arena, limit - arena
 
@@ -386,14 +408,16 @@ def _stream(
         try:
             execute(steps, checkpoint.store, arena, readers=readers, progress=tell, stop=gate.stop)
             ready.put(None)
-        except BaseException as error:  # noqa: BLE001 - it is raised where the tensors are taken
+        except BaseException as error:
             ready.put(error)
 
     def stop() -> None:
         arena.stop()
         gate.stop()
 
-    return _handed_over([item.name for item in items], ready, gate, Thread(target=work, name="shardtool-load", daemon=True), stop)
+    return _handed_over(
+        [item.name for item in items], ready, gate, Thread(target=work, name="shardtool-load", daemon=True), stop
+    )
 
 
 def _handed_over(

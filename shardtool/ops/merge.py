@@ -41,10 +41,12 @@ def merge(
     dry_run: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
-    """Write the Hugging Face checkpoint that shards were made from: files with an index, the original config, the side files.
+    """Write the Hugging Face checkpoint that shards were made from.
 
-    Tensors equal the source's byte for byte. What ``save`` dropped without keeping, or narrowed by ``--dtype``, is named in the notes; a narrowed
-    tensor stays in the shards' dtype. ``verify``: check the input's digests first.
+    Files with an index, the original config, the side files.
+
+    Tensors equal the source's byte for byte. What ``save`` dropped without keeping, or narrowed by ``--dtype``, is
+    named in the notes; a narrowed tensor stays in the shards' dtype. ``verify``: check the input's digests first.
     """
     limit = None if memory_limit is None else parse_size(memory_limit, "--memory-limit")
     source = sources.open_source(os.fspath(uri), shard_pattern=source_pattern)
@@ -56,7 +58,9 @@ def merge(
         job = plan(source, source.origin, parse_size(max_part_size, "--max-part-size"))
         if dry_run:
             return summary(job, to, memory_limit=limit)
-        return run(job, to, memory_limit=limit, concurrency=concurrency, ranks=None, overwrite=overwrite, progress=progress)
+        return run(
+            job, to, memory_limit=limit, concurrency=concurrency, ranks=None, overwrite=overwrite, progress=progress
+        )
 
 
 def plan(source: Source, origin: Manifest, most: int) -> Job:
@@ -131,5 +135,7 @@ def _notes(lost: dict[str, str], narrowed: dict[str, DType]) -> list[str]:
     notes = [f"{name} was dropped and not kept: {reason}" for name, reason in sorted(lost.items())]
     if narrowed:
         first = min(narrowed)
-        notes.append(f"{len(narrowed)} tensors were narrowed when they were saved and stay {narrowed[first].name}, first {first}")
+        notes.append(
+            f"{len(narrowed)} tensors were narrowed when they were saved and stay {narrowed[first].name}, first {first}"
+        )
     return notes

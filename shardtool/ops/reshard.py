@@ -11,7 +11,6 @@ from shardtool.ops import source as sources
 from shardtool.ops.save import PART_SIZE, convert
 from shardtool.ops.verify import check_input
 from shardtool.ops.write import Summary
-
 from shardtool.units import parse_size
 
 
@@ -33,8 +32,9 @@ def reshard(
 ) -> Summary:
     """Write the shards of another ``tp``: byte for byte what ``save`` at that tp writes.
 
-    The layout's table in the manifest is evaluated again, so that nothing but the checkpoint is needed. ``verify``: check the input's digests
-    first. ``source_pattern``: the names of shards without a manifest. The rest is as in ``save``.
+    The layout's table in the manifest is evaluated again, so that nothing but the checkpoint is needed. ``verify``:
+    check the input's digests first. ``source_pattern``: the names of shards without a manifest. The rest is as in
+    ``save``.
     """
     limit = None if memory_limit is None else parse_size(memory_limit, "--memory-limit")
     source = sources.open_source(os.fspath(uri), shard_pattern=source_pattern)

@@ -44,9 +44,10 @@ def save(
 ) -> Summary:
     """Write what every rank of ``tp`` would hold of a Hugging Face checkpoint, with a manifest.
 
-    ``model``, ``output``: folders or URIs. ``max_part_size``, ``memory_limit``: bytes or a text such as ``5GiB``; a limit of -1 is none, 0
-    the least that does. ``ranks``: only these, so that several machines share a job; whoever finishes last commits. ``progress`` is told
-    (bytes done, bytes in all). Returns what was done; with ``dry_run``, what would be.
+    ``model``, ``output``: folders or URIs. ``max_part_size``, ``memory_limit``: bytes or a text such as ``5GiB``; a
+    limit of -1 is none, 0 the least that does. ``ranks``: only these, so that several machines share a job; whoever
+    finishes last commits. ``progress`` is told (bytes done, bytes in all). Returns what was done; with ``dry_run``,
+    what would be.
     """
     source = sources.open_source(os.fspath(model))
     sources.refuse_sharded(source)
@@ -89,7 +90,15 @@ def convert(
         if rank not in parallel.ranks:
             raise UsageError(f"--ranks names rank {rank}, but --tp {tp} has ranks 0 to {tp - 1}")
     with open_store(output) as to:
-        job = plan(source, to, parallel=parallel, text=text, max_part_size=max_part_size, dtype=dtype, keep_dropped=keep_dropped)
+        job = plan(
+            source,
+            to,
+            parallel=parallel,
+            text=text,
+            max_part_size=max_part_size,
+            dtype=dtype,
+            keep_dropped=keep_dropped,
+        )
         if dry_run:
             return summary(job, to, memory_limit=memory_limit, ranks=ranks)
         return run(
@@ -234,9 +243,13 @@ def _files(made: Manifest, parallel: Parallel, named: pattern.Pattern, most: int
 
 def _notes(source: Source, made: Manifest) -> list[str]:
     """What people should know before and after."""
-    notes = [f"{o.key} ({show_size(o.size)}) stays behind: side files come along up to {show_size(sources.MAX_SIDE)}" for o in source.skipped]
+    notes = [
+        f"{o.key} ({show_size(o.size)}) stays behind: side files come along up to {show_size(sources.MAX_SIDE)}"
+        for o in source.skipped
+    ]
     notes += [
-        f"{d.name} is dropped: {d.reason}" + (" (kept for merge)" if d.kept else " (not kept: merge cannot give it back)")
+        f"{d.name} is dropped: {d.reason}"
+        + (" (kept for merge)" if d.kept else " (not kept: merge cannot give it back)")
         for d in made.dropped
     ]
     notes += [f"{copy} equals {of} and is stored once" for copy, of in made.copies.items()]
@@ -246,4 +259,3 @@ def _notes(source: Source, made: Manifest) -> list[str]:
     if narrowed:
         notes.append(f"{len(narrowed)} tensors lose precision as {made.dtype.name}, first {narrowed[0]}")
     return notes
-

@@ -57,8 +57,7 @@ def open_source(uri: str, *, shard_pattern: str | None = None) -> Source:
     if checkpoint.kind == "huggingface":
         return _whole(checkpoint)
     if checkpoint.manifest is not None:
-        checkpoint = with_headers(checkpoint)
-        return sharded(checkpoint, checkpoint.manifest)
+        return sharded(with_headers(checkpoint), checkpoint.manifest)
     return sharded(checkpoint, infer(checkpoint))
 
 
@@ -83,7 +82,8 @@ def _whole(checkpoint: Checkpoint) -> Source:
 def sharded(checkpoint: Checkpoint, made: Manifest) -> Source:
     """The logical tensors of rank files."""
     if made.side_files:
-        side, skipped = tuple(Object(s.key, s.size) for s in made.side_files if s.key != CONFIG), ()
+        side = tuple(Object(s.key, s.size) for s in made.side_files if s.key != CONFIG)
+        skipped: tuple[Object, ...] = ()
     else:
         side, skipped = _side_files(checkpoint.objects.values())
     return Source(
@@ -103,7 +103,8 @@ def sharded(checkpoint: Checkpoint, made: Manifest) -> Source:
 def _side_files(objects: Any) -> tuple[tuple[Object, ...], tuple[Object, ...]]:
     """The files that come along, config.json aside, and those that are too large to."""
     objects = list(objects)
-    models = {o.key.split("/")[0] for o in objects if "/" in o.key and _WEIGHTS.search(o.key)}  # folders with models of their own
+    # folders with models of their own stay behind
+    models = {o.key.split("/")[0] for o in objects if "/" in o.key and _WEIGHTS.search(o.key)}
     plain = [
         o
         for o in objects
@@ -127,7 +128,9 @@ def infer(checkpoint: Checkpoint) -> Manifest:
     held = {name: Logical(entry.dtype, entry.shape) for name, (_, entry) in checkpoint.entries(0).items()}
     kinds = {tensor.dtype for tensor in held.values() if tensor.shape}
     if len(kinds) != 1:
-        raise UnsupportedModel(f"{checkpoint.uri} holds tensors of {', '.join(sorted(k.name for k in kinds))}; expected one dtype")
+        raise UnsupportedModel(
+            f"{checkpoint.uri} holds tensors of {', '.join(sorted(k.name for k in kinds))}; expected one dtype"
+        )
     (dtype,) = kinds
     inventory = dict(sorted(layout.infer(config, held, len(ranks)).items()))
     outline = layout.outline(Model(config, inventory, dtype), Parallel(len(ranks)))
@@ -171,10 +174,15 @@ def target_dtype(source: Source, wanted: str, layout: vllm.VllmLayout) -> DType:
     said = source.config.get("dtype") or source.config.get("torch_dtype")
     if said is None or not isinstance(said, str) or from_name(said) is DType.F32:
         what = "says float32" if said else "does not say a dtype"
-        raise UsageError(f"config.json {what}, for which an engine's choice depends on its GPU: say --dtype bfloat16 or --dtype float16")
+        raise UsageError(
+            f"config.json {what}, for which an engine's choice depends on its GPU: say --dtype bfloat16 or "
+            f"--dtype float16"
+        )
     dtype = from_name(said)
     if dtype not in (DType.BF16, DType.F16):
-        raise UsageError(f"config.json says dtype {said}, in which engines do not run: say --dtype bfloat16 or --dtype float16")
+        raise UsageError(
+            f"config.json says dtype {said}, in which engines do not run: say --dtype bfloat16 or --dtype float16"
+        )
     return layout.dtype(dtype)
 
 
@@ -263,4 +271,3 @@ def refuse_sharded(source: Source) -> None:
     """``save`` starts from whole tensors."""
     if source.origin is not None:
         raise PlanError(f"{source.uri} is sharded already (tp {source.origin.tp}); use shardtool reshard")
-

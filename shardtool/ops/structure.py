@@ -109,7 +109,8 @@ def _names(file: WeightFile, wanted: Mapping[str, Tensor], seen: set[str], check
             check.why.append(f"tensor {entry.name!r} is in another part of rank {file.rank} too")
         elif (entry.dtype, entry.shape) != (tensor.dtype, tensor.shape):
             check.why.append(
-                f"tensor {entry.name!r} is {entry.dtype.name} {list(entry.shape)}, the recipe says {tensor.dtype.name} {list(tensor.shape)}"
+                f"tensor {entry.name!r} is {entry.dtype.name} {list(entry.shape)}, the recipe says "
+                f"{tensor.dtype.name} {list(tensor.shape)}"
             )
         seen.add(entry.name)
 
@@ -118,11 +119,12 @@ def _foreign(store: Store, made: Manifest) -> list[FileCheck]:
     """Files that an engine would take for shards of this checkpoint, and that are not."""
     names = pattern.parse(made.pattern, tp=made.tp, pp=made.pp).regex()
     own = {record.key for record in made.files}
-    found = []
-    for thing in store.list():
-        if thing.key not in own and (names.fullmatch(thing.key) or thing.key.endswith(".safetensors")):
-            found.append(FileCheck(thing.key, thing.size, ["foreign: the manifest does not know it, but an engine would read it"]))
-    return found
+    why = "foreign: the manifest does not know it, but an engine would read it"
+    return [
+        FileCheck(thing.key, thing.size, [why])
+        for thing in store.list()
+        if thing.key not in own and (names.fullmatch(thing.key) or thing.key.endswith(".safetensors"))
+    ]
 
 
 def coverage(made: Manifest) -> list[str]:
@@ -144,7 +146,11 @@ def coverage(made: Manifest) -> list[str]:
         elif name not in known and (trouble := _covered(name, logical, windows, seen)):
             troubles.append(trouble)
         known.add(name)
-    troubles += [f"source tensor {name!r} is in no shard and not declared as dropped" for name in made.inventory if name not in known]
+    troubles += [
+        f"source tensor {name!r} is in no shard and not declared as dropped"
+        for name in made.inventory
+        if name not in known
+    ]
     return troubles
 
 
@@ -188,7 +194,11 @@ def check_shards(checkpoint: Checkpoint, made: Manifest | None) -> list[FileChec
     except ShardtoolError as error:
         whole.why.append(str(error))
         names = {}
-    wanted = {rank: {t.name for t in made.recipe.tensors(rank)} for rank in ranks} if made else dict.fromkeys(names, names.get(0, set()))
+    wanted = (
+        {rank: {t.name for t in made.recipe.tensors(rank)} for rank in ranks}
+        if made
+        else dict.fromkeys(names, names.get(0, set()))
+    )
     for rank, held in names.items():
         whole.why += _unlike(rank, held, wanted[rank])
     return [*checks, *([whole] if whole.why else [])]
@@ -227,4 +237,3 @@ def check_side_files(checkpoint: Checkpoint, made: Manifest, *, digests: bool) -
             if running.hexdigest() != side.blake3:
                 check.why.append("its bytes differ from its digest")
     return checks
-

@@ -1,7 +1,7 @@
 """``verify``: is a checkpoint whole, are its bytes what was written, are they what the source says?
 
-Three depths: structure (headers, names, coverage), digests, and equality with another model under the recipe, without merging.
-Differences are returned, not raised; an error means that it was not possible to look.
+Three depths: structure (headers, names, coverage), digests, and equality with another model under the recipe,
+without merging. Differences are returned, not raised; an error means that it was not possible to look.
 """
 
 from __future__ import annotations
@@ -89,8 +89,9 @@ def verify(
 ) -> Report:
     """Check a checkpoint: its structure, then its digests (not with ``quick``), then against another model or sharding.
 
-    ``against``: the source model, or shards of any tp; every tensor of every rank is compared with what the recipe takes from it.
-    ``pattern``: the names of shards without a manifest. Returns a report; ``report.ok`` and ``report.exit_code`` say how it went.
+    ``against``: the source model, or shards of any tp; every tensor of every rank is compared with what the recipe
+    takes from it. ``pattern``: the names of shards without a manifest. Returns a report; ``report.ok`` and
+    ``report.exit_code`` say how it went.
     """
     began = time.monotonic()
     limit = None if memory_limit is None else parse_size(memory_limit, "--memory-limit")
@@ -101,13 +102,13 @@ def verify(
         return Report(uri, "unknown", "structure", [FileCheck(structure.WHOLE, why=[str(error)])])
     report = Report(uri, checkpoint.kind, "structure")
     made = _structure(checkpoint, report, quick=quick)
-    if checkpoint.manifest is not None:
-        report.files, files = structure.check_files(checkpoint, checkpoint.manifest)
-        report.files += structure.check_side_files(checkpoint, checkpoint.manifest, digests=not quick)
-        checkpoint = Checkpoint(uri, checkpoint.store, checkpoint.kind, tuple(files), checkpoint.manifest)
+    if checkpoint.manifest is not None and made is not None:
+        report.files, files = structure.check_files(checkpoint, made)
+        report.files += structure.check_side_files(checkpoint, made, digests=not quick)
+        checkpoint = Checkpoint(uri, checkpoint.store, checkpoint.kind, tuple(files), made)
         if not quick:
             report.depth = "digests"
-            _digests(checkpoint.store, files, checkpoint.manifest, report, limit, concurrency, progress)
+            _digests(checkpoint.store, files, made, report, limit, concurrency, progress)
     if against is not None and not quick:
         report.depth = "equality"
         _against(checkpoint, made, sources.open_source(os.fspath(against)), report, limit, concurrency, progress)
@@ -149,11 +150,15 @@ def _arena(limit: int | None, files: int, staging: int) -> Arena:
     elif limit == 0:
         limit = least
     if limit < least:
-        raise BudgetTooSmall(f"--memory-limit {show_size(limit)} is too small to verify: {least} bytes would do", needed=least)
+        raise BudgetTooSmall(
+            f"--memory-limit {show_size(limit)} is too small to verify: {least} bytes would do", needed=least
+        )
     return Arena(min(limit, UNLIMITED))
 
 
-def _run(groups: Iterator[list[Target]], store: Store, arena: Arena, concurrency: int | None, progress: Told, total: int) -> int:
+def _run(
+    groups: Iterator[list[Target]], store: Store, arena: Arena, concurrency: int | None, progress: Told, total: int
+) -> int:
     """Bring groups to their sinks; returns the bytes of their tiles."""
     done = 0
 
@@ -234,7 +239,10 @@ def _unlike(record: FileRecord, file: WeightFile, found: Sequence[digest.TensorD
 
 
 def check_input(source: Source, *, memory_limit: int | None, concurrency: int | None) -> None:
-    """Check the digests of shards that are about to be converted. Raises ``ChecksumMismatch`` that names the first damage."""
+    """Check the digests of shards that are about to be converted.
+
+    Raises ``ChecksumMismatch`` that names the first damage.
+    """
     if source.origin is None or not source.origin.files:
         return
     checkpoint = with_headers(Checkpoint(source.uri, source.store, "sharded", (), source.origin))
@@ -282,7 +290,7 @@ def _against(
     arena = _arena(limit, max(1, len(checkpoint.ranks)), CompareSink.staging)
     report.bytes += _run(groups(), other.store, arena, concurrency, progress, total)
     rank_of = {file.key: file.rank for file in checkpoint.files}
-    names = {(file.key, e.offset): e.name for file in checkpoint.files for e in file.header.entries if e.nbytes} if found else {}
+    names = {(file.key, e.offset): e.name for file in checkpoint.files for e in file.header.entries if e.nbytes}
     for sink in sorted(found, key=lambda sink: (sink.stored.key, sink.stored.offset)):
         stored = sink.stored
         name = names[stored.key, stored.offset]
@@ -385,7 +393,9 @@ def _one(
     for piece in pieces:
         assert isinstance(piece.source, Stored)
         if not castable(piece.source.dtype, tensor.dtype):
-            report.differences.append(_apart(tensor.name, tensor, stored.key, f"its source is {piece.source.dtype.name}", rank))
+            report.differences.append(
+                _apart(tensor.name, tensor, stored.key, f"its source is {piece.source.dtype.name}", rank)
+            )
             return
     yield [_Compared(tensor, stored, pieces)]
 

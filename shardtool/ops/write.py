@@ -6,8 +6,9 @@
     ├── summary     what it will cost, before anything is written
     └── run         write what is missing, leave a record of each file, commit when all records are there
 
-``.shardtool/<fingerprint>/`` in the output holds the records while the job lasts. Workers with the same fingerprint help each other, and a second run
-skips what is recorded. Whoever finds all records commits, then removes them. The commit is one small object, written last.
+``.shardtool/<fingerprint>/`` in the output holds the records while the job lasts. Workers with the same fingerprint
+help each other, and a second run skips what is recorded. Whoever finds all records commits, then removes them. The
+commit is one small object, written last.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ JOB = "job.json"
 class Job:
     """A checkpoint to write. ``files``: each with its part; those of one part are written together.
 
-    ``commit``: writes what makes the checkpoint complete, from all records; ``committed``: whether the output is this very checkpoint already.
+    ``commit``: writes what makes the checkpoint complete, from all records; ``committed``: whether the output is
+    this very checkpoint already.
     """
 
     what: str
@@ -173,7 +175,9 @@ def _memory(job: Job, files: Sequence[tuple[int, File]], to: Store, limit: int |
         limit = least
     if limit < least:
         raise BudgetTooSmall(
-            f"--memory-limit {show_size(limit)} is too small for {job.what}: {least} bytes ({show_size(least)}) would do", needed=least
+            f"--memory-limit {show_size(limit)} is too small for {job.what}: {least} bytes "
+            f"({show_size(least)}) would do",
+            needed=least,
         )
     return _Memory(limit, slots, units, least)
 
@@ -184,9 +188,13 @@ def _least(wave: Sequence[File]) -> int:
     return sum(-(-n // schedule.ALIGN) * schedule.ALIGN for n in tensors) + schedule.FLOOR + schedule.ALIGN
 
 
-def _steps(files: Sequence[tuple[int, File]], catalog: Catalog, sinks: Mapping[str, FileSink], memory: _Memory) -> Iterator[Step]:
+def _steps(
+    files: Sequence[tuple[int, File]], catalog: Catalog, sinks: Mapping[str, FileSink], memory: _Memory
+) -> Iterator[Step]:
     for wave in _waves(files):
-        yield from schedule.steps(_groups(wave, catalog, sinks), limit=memory.arena, want=memory.want, longest=min(READ, memory.want))
+        yield from schedule.steps(
+            _groups(wave, catalog, sinks), limit=memory.arena, want=memory.want, longest=min(READ, memory.want)
+        )
 
 
 def summary(job: Job, to: Store, *, memory_limit: int | None, ranks: Sequence[int] | None = None) -> Summary:
@@ -220,7 +228,10 @@ def run(
     overwrite: bool,
     progress: Callable[[int, int], None] | None,
 ) -> Summary:
-    """Write what is missing of the job, and commit it if that was the last. Nothing is written if it cannot be planned."""
+    """Write what is missing of the job, and commit it if that was the last.
+
+    Nothing is written if it cannot be planned.
+    """
     files = job.of_ranks(ranks)
     memory = _memory(job, files, to, memory_limit)
     done = _begin(job, to, overwrite=overwrite)
@@ -289,7 +300,10 @@ def _write(
 
 
 def _begin(job: Job, to: Store, *, overwrite: bool) -> set[str] | None:
-    """The files that are written already; None when the whole checkpoint is. Refuses an output that holds something else."""
+    """The files that are written already; None when the whole checkpoint is.
+
+    Refuses an output that holds something else.
+    """
     if to.place() == job.source.place():
         raise PlanError(f"--output {to.uri} is the source itself: use another folder")
     try:
@@ -302,10 +316,14 @@ def _begin(job: Job, to: Store, *, overwrite: bool) -> set[str] | None:
     if overwrite and not own:
         _clear(job, to, found)
         found = {}
-    others = sorted({key.split("/")[1] for key in found if key.startswith(manifest.PRIVATE) and key.count("/") > 1} - {job.fingerprint})
+    others = sorted(
+        {key.split("/")[1] for key in found if key.startswith(manifest.PRIVATE) and key.count("/") > 1}
+        - {job.fingerprint}
+    )
     if others:
         raise PlanError(
-            f"{to.uri} holds the unfinished output of another job ({others[0]}): finish that one, use --overwrite or another --output"
+            f"{to.uri} holds the unfinished output of another job ({others[0]}): finish that one, use "
+            f"--overwrite or another --output"
         )
     if found and not own:
         raise PlanError(f"{to.uri} is not empty (it holds {min(found)}): use --overwrite or another --output")

@@ -1,0 +1,1 @@
+"""Sinks: where the engine's tiles go."""

@@ -71,7 +71,9 @@ class CompareSink:
 
 
 def compare(expected: memoryview, actual: memoryview, dtype: DType, first: int) -> Difference | None:
-    """The difference of two equally long runs of elements, the first of which is number ``first``. Bits are compared."""
+    """The difference of two equally long runs of elements, the first of which is number ``first``. Bits are
+    compared.
+    """
     total: Difference | None = None
     bits = f"<u{dtype.itemsize}"
     a, b = np.frombuffer(expected, bits), np.frombuffer(actual, bits)
@@ -80,7 +82,9 @@ def compare(expected: memoryview, actual: memoryview, dtype: DType, first: int) 
         if not len(differs):
             continue
         want, have = _values(a[at : at + BLOCK][differs], dtype), _values(b[at : at + BLOCK][differs], dtype)
-        found = Difference(len(differs), first + at + int(differs[0]), want[0].item(), have[0].item(), _farthest(want, have, dtype))
+        found = Difference(
+            len(differs), first + at + int(differs[0]), want[0].item(), have[0].item(), _farthest(want, have, dtype)
+        )
         total = found if total is None else _joined(total, found)
     return total
 
@@ -98,4 +102,6 @@ def _farthest(want: NDArray[np.generic], have: NDArray[np.generic], dtype: DType
 
 def _joined(a: Difference, b: Difference) -> Difference:
     first = a if a.first <= b.first else b
-    return Difference(a.count + b.count, first.first, first.expected, first.actual, float(np.maximum(a.max_abs, b.max_abs)))
+    return Difference(
+        a.count + b.count, first.first, first.expected, first.actual, float(np.maximum(a.max_abs, b.max_abs))
+    )

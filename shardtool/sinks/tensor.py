@@ -1,7 +1,8 @@
 """Tensors that callers get: filled chunk by chunk, each chunk checked against its digest by the thread that read it.
 
-A tensor in this machine's memory lends itself to the engine, so that bytes are read straight into it. Any other destination (a GPU, a parameter that is
-not contiguous or of another dtype) is reached through the step's block and a copy.
+A tensor in this machine's memory lends itself to the engine, so that bytes are read straight into it. Any other
+destination (a GPU, a parameter that is not contiguous or of another dtype) is reached through the step's block and
+a copy.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ def lends(tensor: torch.Tensor) -> bool:
 class TensorSink:
     """One tensor on its way to the caller.
 
-    ``target``: made by ``make`` when the dispatcher comes to it, once the gate has room. ``chunks``: recorded digests of its chunks, or None. ``ready`` is
-    called by the thread that fills the last byte.
+    ``target``: made by ``make`` when the dispatcher comes to it, once the gate has room. ``chunks``: recorded
+    digests of its chunks, or None. ``ready`` is called by the thread that fills the last byte.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class TensorSink:
         self._gate.enter(self.nbytes)
         self.target = self._make()
         if not self.staging and self.nbytes:
-            self._bytes = memoryview(octets(self.target).numpy())
+            self._bytes = octets(self.target).numpy().data
         if not self.nbytes:
             self._ready(self)
 
@@ -123,7 +124,8 @@ class TensorSink:
                 start = tile.offset + at
                 raise ChecksumMismatch(
                     f"{self._where}: tensor {self.name!r} differs from its digest in its bytes {start} to "
-                    f"{min(self.nbytes, start + digest.CHUNK)}; restore the file, shardtool verify tells what else is damaged"
+                    f"{min(self.nbytes, start + digest.CHUNK)}; restore the file, shardtool verify tells what "
+                    f"else is damaged"
                 )
 
     def _copy(self, tile: Tile, view: memoryview) -> None:

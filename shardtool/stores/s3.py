@@ -90,7 +90,8 @@ class S3Store(Store):
                 self._wait(failures)
 
     def create(self, key: str, size: int, *, exclusive: bool = False) -> CheckedWriter:
-        """Begin an object. One over 8 MiB is uploaded in parts, or gathered in memory where it is ``exclusive``: up to 512 MiB.
+        """Begin an object. One over 8 MiB is uploaded in parts, or gathered in memory where it is ``exclusive``: up
+        to 512 MiB.
 
         Servers that ignore conditions exist. On those, two exclusive writers that meet may both win.
         """
@@ -99,7 +100,8 @@ class S3Store(Store):
             return _SmallWriter(self, key, size, exclusive=exclusive)
         if exclusive:
             raise UsageError(
-                f"{self.locate(key)} is {size} bytes, and only objects up to {_EXCLUSIVE} can be created exclusively in S3"
+                f"{self.locate(key)} is {size} bytes, and only objects up to {_EXCLUSIVE} can be created "
+                f"exclusively in S3"
             )
         return _PartsWriter(self, key, size)
 

@@ -1,0 +1,271 @@
+"""The commands. Each reads its settings, calls one operation of the library and shows what it returned.
+
+Operations are imported when their command runs: asking for help must not load numpy or torch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from shardtool import display, settings
+from shardtool.cli import options
+from shardtool.cli.program import main
+from shardtool.errors import UsageError
+
+if TYPE_CHECKING:
+    from shardtool.cli.reports import Memory
+    from shardtool.ops.write import Summary
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    """The arguments that something was said for; the rest keep the operation's own defaults."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _loaded(*uris: str | None) -> Memory:
+    """Load what the addresses need beyond the operation's own imports, and note the memory that it all takes."""
+    from shardtool.cli.reports import Memory
+    from shardtool.stores import open_store
+
+    for uri in uris:
+        if uri is not None and "://" in uri and not uri.endswith(".safetensors"):
+            open_store(uri).close()
+    return Memory()
+
+
+@main.command(
+    short_help="Shard a Hugging Face checkpoint.", epilog="Example: shardtool save ./llama --tp 4 -o ./llama-tp4"
+)
+@click.argument("model")
+@options.tp("Tensor parallel size: how many ranks.")
+@options.output("the shards")
+@options.pattern(options.WRITTEN_PATTERN)
+@options.part_size
+@click.option(
+    "--dtype", metavar="TYPE", help="auto, bfloat16 or float16; auto is what config.json says.  [default: auto]"
+)
+@options.ranks
+@click.option(
+    "--keep-dropped", is_flag=True, help="Keep every source tensor that no rank needs, whatever its size, for merge."
+)
+@options.resources(8)
+@options.writing
+@options.speech
+def save(model: str, tp: int, output: str, **flags: Any) -> int:
+    """Shard a Hugging Face checkpoint: one set of files for each rank, with a manifest."""
+    from shardtool.ops.save import save as operation
+
+    return _write(
+        "save",
+        model,
+        output,
+        flags,
+        lambda common: operation(
+            model,
+            output,
+            tp=tp,
+            keep_dropped=flags["keep_dropped"],
+            ranks=flags["ranks"],
+            **_given(
+                pattern=settings.pattern(flags["pattern"]),
+                max_part_size=settings.max_part_size(flags["max_part_size"]),
+                dtype=settings.dtype(flags["dtype"]),
+            ),
+            **common,
+        ),
+    )
+
+
+@main.command(
+    short_help="Change the tensor parallel size of shards.",
+    epilog="Example: shardtool reshard ./llama-tp4 --tp 2 -o ./llama-tp2",
+)
+@click.argument("uri")
+@options.tp("Tensor parallel size of the new shards.")
+@options.output("the new shards")
+@options.pattern(options.WRITTEN_PATTERN)
+@options.pattern(options.READ_PATTERN, "--source-pattern")
+@options.part_size
+@options.verified_input
+@options.ranks
+@options.resources(8)
+@options.writing
+@options.speech
+def reshard(uri: str, tp: int, output: str, **flags: Any) -> int:
+    """Turn shards into those of another tensor parallel size, without the source model."""
+    from shardtool.ops.reshard import reshard as operation
+
+    return _write(
+        "reshard",
+        uri,
+        output,
+        flags,
+        lambda common: operation(
+            uri,
+            output,
+            tp=tp,
+            source_pattern=flags["source_pattern"],
+            verify=flags["verify"],
+            ranks=flags["ranks"],
+            **_given(
+                pattern=settings.pattern(flags["pattern"]),
+                max_part_size=settings.max_part_size(flags["max_part_size"]),
+            ),
+            **common,
+        ),
+    )
+
+
+@main.command(
+    short_help="Turn shards back into a whole checkpoint.",
+    epilog="Example: shardtool merge ./llama-tp4 -o ./llama-merged",
+)
+@click.argument("uri")
+@options.output("the whole tensors")
+@options.pattern(options.READ_PATTERN, "--source-pattern")
+@options.merged_size
+@options.verified_input
+@options.resources(8)
+@options.writing
+@options.speech
+def merge(uri: str, output: str, **flags: Any) -> int:
+    """Turn shards back into the Hugging Face checkpoint that they were made from."""
+    from shardtool.ops.merge import merge as operation
+
+    return _write(
+        "merge",
+        uri,
+        output,
+        flags,
+        lambda common: operation(
+            uri,
+            output,
+            source_pattern=flags["source_pattern"],
+            verify=flags["verify"],
+            **_given(max_part_size=settings.max_part_size(flags["max_part_size"])),
+            **common,
+        ),
+    )
+
+
+def _write(
+    command: str, source: str, output: str, flags: dict[str, Any], operation: Callable[[dict[str, Any]], Summary]
+) -> int:
+    """Run an operation that writes a checkpoint, and report it."""
+    from shardtool.cli import reports
+
+    memory = _loaded(source, output)
+    silent, wants_json = settings.quiet(flags["quiet"]), flags["wants_json"]
+    dry_run = flags["dry_run"]
+    began = time.monotonic()
+    with display.progress(command, shown=not (silent or wants_json or dry_run)) as tell:
+        common = {
+            "memory_limit": settings.memory_limit(flags["memory_limit"]),
+            "concurrency": settings.concurrency(flags["concurrency"]),
+            "overwrite": flags["overwrite"],
+            "dry_run": dry_run,
+            "progress": tell,
+        }
+        summary = operation(common)
+    report = reports.Written(command, output, summary, time.monotonic() - began, memory, dry_run=dry_run)
+    report.show(quiet=silent, wants_json=wants_json)
+    return 0
+
+
+@main.command(short_help="Load tensors and say how fast it was.", epilog="Example: shardtool load ./llama-tp4 --rank 0")
+@click.argument("uri")
+@options.rank
+@click.option(
+    "--device",
+    metavar="DEVICE",
+    help="cpu, cuda or cuda:0; under torchrun cuda is the process's own GPU.  [default: cpu]",
+)
+@options.resources(16)
+@click.option("--verify/--no-verify", default=True, help="Check digests while reading.  [default: verify]")
+@options.pattern(options.READ_PATTERN)
+@options.speech
+def load(uri: str, **flags: Any) -> int:
+    """Load tensors into memory, drop them, and say how fast it was.
+
+    Under torchrun each process loads its own rank. cuda without a number spreads ranks over the GPUs.
+    """
+    import_module("shardtool.sinks.tensor")  # torch, which the operation imports later
+    from shardtool.cli import reports
+    from shardtool.ops.load import measure
+
+    memory = _loaded(uri)
+    silent, wants_json = settings.quiet(flags["quiet"]), flags["wants_json"]
+    started = settings.torchrun()
+    rank = started[0] if started and flags["rank"] is None else flags["rank"]
+    device = settings.device(flags["device"]) or "cpu"
+    with display.progress("load", shown=not (silent or wants_json)) as tell:
+        found = measure(
+            uri,
+            rank=rank,
+            device=device,
+            concurrency=settings.concurrency(flags["concurrency"]),
+            memory_limit=settings.memory_limit(flags["memory_limit"]),
+            verify=flags["verify"],
+            pattern=flags["pattern"],
+            progress=tell,
+        )
+    reports.Loaded(found, memory).show(quiet=silent, wants_json=wants_json)
+    return 0
+
+
+@main.command(
+    short_help="Check files, digests and values.", epilog="Example: shardtool verify ./llama-tp4 --against ./llama"
+)
+@click.argument("uri")
+@click.option("--quick", is_flag=True, help="Look at names, sizes and headers only; read no tensor.")
+@click.option(
+    "--against", metavar="URI", help="Compare every tensor with this model, or with shards of it at any size."
+)
+@options.pattern(options.READ_PATTERN)
+@options.resources(8)
+@options.speech
+def verify(uri: str, **flags: Any) -> int:
+    """Check that a checkpoint is whole and its bytes are those that were written.
+
+    Exits with 0 if all is well, 1 if something differs or is damaged, 4 if only files are missing.
+    """
+    from shardtool.cli import reports
+    from shardtool.ops.verify import verify as operation
+
+    if flags["quick"] and flags["against"] is not None:
+        raise UsageError("--quick reads no tensor and --against compares them all; leave one of them out")
+    memory = _loaded(uri, flags["against"])
+    silent, wants_json = settings.quiet(flags["quiet"]), flags["wants_json"]
+    with display.progress("verify", shown=not (silent or wants_json)) as tell:
+        found = operation(
+            uri,
+            against=flags["against"],
+            quick=flags["quick"],
+            pattern=flags["pattern"],
+            memory_limit=settings.memory_limit(flags["memory_limit"]),
+            concurrency=settings.concurrency(flags["concurrency"]),
+            progress=tell,
+        )
+    reports.Verified(found, flags["against"], memory).show(quiet=silent, wants_json=wants_json)
+    return found.exit_code
+
+
+@main.command(
+    short_help="Say what a checkpoint is.", epilog="Example: shardtool inspect ./llama-tp4 --tensors 'model.layers.0.*'"
+)
+@click.argument("uri")
+@click.option("--tensors", metavar="GLOB", help="List the tensors that this names, for example '*.q_proj.*'.")
+@options.pattern(options.READ_PATTERN)
+@click.option("--json", "wants_json", is_flag=True, help="Print one JSON object instead of text.")
+def inspect(uri: str, tensors: str | None, pattern: str | None, wants_json: bool) -> int:
+    """Say what a checkpoint is, from its headers alone."""
+    from shardtool.cli import reports
+    from shardtool.ops.inspect import inspect as operation
+
+    reports.Inspected(operation(uri, tensors=tensors, pattern=pattern)).show(wants_json=wants_json)
+    return 0

@@ -1,0 +1,109 @@
+"""Flags that several commands share.
+
+Values that may come from a variable as well are left to ``shardtool.settings``, so that both are read alike.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+MOST_RANKS = 1 << 16
+
+
+def _ranks(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """The ranks of a list such as ``0,2-3``, in order and each once."""
+    if value is None:
+        return None
+    found: set[int] = set()
+    for part in value.split(","):
+        match = re.fullmatch(r"\s*([0-9]{1,5})(?:-([0-9]{1,5}))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not first <= last < MOST_RANKS:
+            raise click.BadParameter(f"{value[:60]!r} is not a list of ranks; write for example 0,2-3", ctx, param)
+        found.update(range(first, last + 1))
+    return tuple(sorted(found))
+
+
+def _number(least: int) -> Callable[[click.Context, click.Parameter, int | None], int | None]:
+    """A callback that refuses numbers below ``least``, and those that no cluster has."""
+
+    def check(ctx: click.Context, param: click.Parameter, value: int | None) -> int | None:
+        if value is not None and not least <= value < MOST_RANKS:
+            raise click.BadParameter(f"{value} is not a number from {least} to {MOST_RANKS - 1}", ctx, param)
+        return value
+
+    return check
+
+
+def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Several options as one decorator, shown in this order."""
+
+    def apply(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return apply
+
+
+def output(what: str) -> Callable[[F], F]:
+    """``--output``."""
+    return click.option(
+        "--output", "-o", required=True, metavar="URI", help=f"Where {what} go: a folder or an address."
+    )
+
+
+def tp(what: str) -> Callable[[F], F]:
+    """``--tp``."""
+    return click.option("--tp", type=int, callback=_number(1), required=True, metavar="N", help=what)
+
+
+rank = click.option(
+    "--rank", type=int, callback=_number(0), metavar="R", help="This rank only.  [default: all; under torchrun its own]"
+)
+
+
+def pattern(help_text: str, flag: str = "--pattern") -> Callable[[F], F]:
+    """``--pattern`` or ``--source-pattern``."""
+    return click.option(flag, metavar="P", help=help_text)
+
+
+WRITTEN_PATTERN = "Names of the files.  [default: model-rank-{rank}-part-{part}.safetensors]"
+READ_PATTERN = "Names of the files of shards that have no manifest."
+
+part_size = click.option("--max-part-size", metavar="SIZE", help="Size of a file at most.  [default: 5GiB]")
+merged_size = click.option("--max-part-size", metavar="SIZE", help="Size of a file at most.  [default: 5GB]")
+ranks = click.option("--ranks", callback=_ranks, metavar="LIST", help="Write these ranks only, for example 0,2-3.")
+verified_input = click.option(
+    "--verify/--no-verify", default=True, help="Check the input's digests first.  [default: verify]"
+)
+
+
+def resources(readers: int) -> Callable[[F], F]:
+    """``--memory-limit`` and ``--concurrency``, which is ``readers`` by default."""
+    return _all(
+        click.option(
+            "--memory-limit",
+            metavar="SIZE",
+            help="Memory to use at most, for example 512MiB; -1 is no limit, 0 the least that does."
+            "  [default: half of what is free, 4GiB at most]",
+        ),
+        click.option("--concurrency", type=int, metavar="N", help=f"Reads under way at once.  [default: {readers}]"),
+    )
+
+
+writing = _all(
+    click.option("--overwrite", is_flag=True, help="Replace a checkpoint that lies there already."),
+    click.option("--dry-run", is_flag=True, help="Show the plan and its cost; write nothing."),
+)
+
+speech = _all(
+    click.option("--quiet/--no-quiet", "-q", default=None, help="Show errors and differences only."),
+    click.option("--json", "wants_json", is_flag=True, help="Print one JSON object instead of text."),
+)

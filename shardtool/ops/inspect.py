@@ -1,0 +1,191 @@
+"""``inspect``: what a checkpoint is, from its headers and its manifest alone. No tensor is read."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from shardtool.checkpoint import CONFIG, Checkpoint, WeightFile, open_checkpoint, parse_config, with_headers
+from shardtool.dtypes import DType
+from shardtool.errors import NotFound, ShardtoolError, StoreError
+from shardtool.manifest import Manifest
+from shardtool.mosaic import Logical
+from shardtool.ops import source as sources
+from shardtool.ops.write import natural
+
+
+@dataclass(frozen=True, slots=True)
+class FileSummary:
+    """One safetensors file. ``bytes``: of its tensors; ``size``: of the file."""
+
+    key: str
+    rank: int | None
+    size: int
+    tensors: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class DTypeSummary:
+    """All stored tensors of one element type."""
+
+    dtype: str
+    tensors: int
+    elements: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSummary:
+    """One stored tensor."""
+
+    name: str
+    rank: int | None
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """A checkpoint. ``kind``: sharded (with a manifest), shards (without), huggingface or file.
+
+    ``tensors``, ``elements`` and ``bytes`` count what is stored, replicas of ranks included. ``parameters`` are the
+    model's, each counted once; None where nothing says how the shards make up a model. ``listed``: the tensors that
+    were asked for.
+    """
+
+    uri: str
+    kind: str
+    architecture: str | None
+    engine: str | None
+    tp: int | None
+    pp: int | None
+    dtype: str | None
+    pattern: str | None
+    written_by: str | None
+    tensors: int
+    elements: int
+    bytes: int
+    parameters: int | None
+    dropped: int
+    files: tuple[FileSummary, ...]
+    dtypes: tuple[DTypeSummary, ...]
+    listed: tuple[TensorSummary, ...] = ()
+
+
+def inspect(uri: str | os.PathLike[str], *, tensors: str | None = None, pattern: str | None = None) -> Inspection:
+    """Summarise any checkpoint: sharded with or without a manifest, Hugging Face, or a single safetensors file.
+
+    ``tensors``: a shell pattern (``model.layers.0.*``); the stored tensors that it names are listed. ``pattern``:
+    the names of shards without a manifest. Raises ``NotFound`` where there is no checkpoint, or no such tensor.
+    """
+    uri = os.fspath(uri)
+    checkpoint = with_headers(open_checkpoint(uri, shard_pattern=pattern))
+    made = checkpoint.manifest
+    config = _config(checkpoint)
+    dtypes = _dtypes(checkpoint.files)
+    return Inspection(
+        uri=uri,
+        kind="file" if uri.endswith(".safetensors") else checkpoint.kind,
+        architecture=_architecture(config),
+        engine=_engine(made) if made else None,
+        tp=made.tp if made else (max(checkpoint.ranks) + 1 if checkpoint.ranks else None),
+        pp=made.pp if made else None,
+        dtype=made.dtype.name if made else None,
+        pattern=made.pattern if made else None,
+        written_by=made.written_by if made else None,
+        tensors=sum(one.tensors for one in dtypes),
+        elements=sum(one.elements for one in dtypes),
+        bytes=sum(one.bytes for one in dtypes),
+        parameters=_parameters(checkpoint, dtypes),
+        dropped=len(made.dropped) if made else 0,
+        files=tuple(_file(file) for file in sorted(checkpoint.files, key=_place)),
+        dtypes=dtypes,
+        listed=_listed(checkpoint, tensors) if tensors is not None else (),
+    )
+
+
+def _place(file: WeightFile) -> tuple[bool, int, int, str]:
+    """By rank and part; what belongs to no rank comes last."""
+    return file.rank is None, file.rank or 0, file.part, file.key
+
+
+def _file(file: WeightFile) -> FileSummary:
+    entries = file.header.entries
+    return FileSummary(file.key, file.rank, file.size, len(entries), sum(entry.nbytes for entry in entries))
+
+
+def _config(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """config.json, the original where a manifest kept it; empty where there is none."""
+    if checkpoint.manifest is not None:
+        return parse_config(checkpoint.manifest.config, f"{checkpoint.uri}: the config in the manifest")
+    try:
+        text = checkpoint.config_text()
+    except NotFound:
+        return {}
+    return parse_config(text, checkpoint.store.locate(CONFIG))
+
+
+def _architecture(config: Mapping[str, Any]) -> str | None:
+    names = config.get("architectures")
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+
+
+def _engine(made: Manifest) -> str:
+    return f"{made.layout.get('engine')} {made.layout.get('engine_version')}"
+
+
+def _dtypes(files: Iterable[WeightFile]) -> tuple[DTypeSummary, ...]:
+    """What is stored, by element type, the most bytes first."""
+    count: dict[DType, list[int]] = {}
+    for file in files:
+        for entry in file.header.entries:
+            sums = count.setdefault(entry.dtype, [0, 0, 0])
+            sums[0] += 1
+            sums[1] += math.prod(entry.shape)
+            sums[2] += entry.nbytes
+    found = (DTypeSummary(dtype.name, *sums) for dtype, sums in count.items())
+    return tuple(sorted(found, key=lambda one: (-one.bytes, one.dtype)))
+
+
+def _parameters(checkpoint: Checkpoint, dtypes: Iterable[DTypeSummary]) -> int | None:
+    """Elements of the model, each once."""
+    if not checkpoint.ranks:
+        return sum(one.elements for one in dtypes)
+    made = checkpoint.manifest or _inferred(checkpoint)
+    if made is None:
+        return None
+    return sum(_size(tensor) for name, tensor in made.inventory.items() if name not in made.copies)
+
+
+def _inferred(checkpoint: Checkpoint) -> Manifest | None:
+    """The manifest that rank files would have, where config.json and the built-in tables can tell."""
+    try:
+        return sources.infer(checkpoint)
+    except StoreError:
+        raise
+    except ShardtoolError:
+        return None
+
+
+def _size(tensor: Logical) -> int:
+    return math.prod(tensor.shape)
+
+
+def _listed(checkpoint: Checkpoint, glob: str) -> tuple[TensorSummary, ...]:
+    """The stored tensors that a shell pattern names, rank by rank."""
+    found = [
+        TensorSummary(entry.name, file.rank, file.key, entry.dtype.name, entry.shape, entry.nbytes)
+        for file in sorted(checkpoint.files, key=_place)
+        for entry in file.header.entries
+        if fnmatchcase(entry.name, glob)
+    ]
+    if not found:
+        raise NotFound(f"{checkpoint.uri} has no tensor that --tensors {glob!r} names")
+    return tuple(sorted(found, key=lambda one: (one.rank is None, one.rank or 0, natural(one.name))))

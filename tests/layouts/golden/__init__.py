@@ -1,0 +1,69 @@
+"""Golden layouts: what each table says of a tiny model at tp 4, kept as JSON so that a change is seen and meant.
+
+``python -m tests.layouts.golden --update`` writes them anew. Look at the difference before it is committed: shards that
+were made with the old layout keep theirs in the manifest, engines do not.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from shardtool import recipe
+from shardtool.dtypes import DType
+from shardtool.layouts import vllm
+from shardtool.layouts.base import Model, Parallel
+from shardtool.mosaic import Logical
+from tests import builders
+
+FOLDER = Path(__file__).parent
+TP = 4
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{family: {"family": family} for family in builders.KINDS},
+    "llama-biases": {"family": "llama", "attention_bias": True, "mlp_bias": True},
+    "llama-tied": {"family": "llama", "tie_word_embeddings": True},
+    "granite-sinks": {"family": "granite", "attention_sinks": True},
+}
+
+
+def layout(name: str) -> dict[str, Any]:
+    """What the table says of a variant, as JSON values."""
+    config = builders.config(**VARIANTS[name])
+    sources = {key: Logical(DType.BF16, shape) for key, shape in builders.shapes(config).items()}
+    sources["model.layers.0.self_attn.rotary_emb.inv_freq"] = Logical(DType.F32, (2,))
+    outline = vllm.for_config(config).outline(Model(config, sources, DType.BF16), Parallel(TP))
+    return {
+        "config": config,
+        "tp": TP,
+        "recipe": recipe.to_json(outline.recipe),
+        "dropped": dict(outline.dropped),
+        "copies": dict(outline.copies),
+        "amendments": dict(outline.amendments),
+    }
+
+
+def text(name: str) -> str:
+    """The golden file of a variant as it should be: a line for each entry of the recipe."""
+    table = layout(name)
+    rules = ",\n".join(f"    {json.dumps(rule)}" for rule in table.pop("recipe"))
+    rest = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in table.items())
+    return f'{{\n{rest},\n  "recipe": [\n{rules}\n  ]\n}}\n'
+
+
+def path(name: str) -> Path:
+    """Where a golden file is."""
+    return FOLDER / f"{name}.json"
+
+
+def update() -> list[str]:
+    """Write every golden file; returns those that changed."""
+    changed = []
+    for name in VARIANTS:
+        if not path(name).exists() or path(name).read_text() != text(name):
+            path(name).write_text(text(name))
+            changed.append(name)
+    for stale in set(FOLDER.glob("*.json")) - {path(name) for name in VARIANTS}:
+        stale.unlink()
+        changed.append(stale.stem)
+    return changed

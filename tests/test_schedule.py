@@ -1,0 +1,244 @@
+"""Schedules: whatever the limit, the steps bring every byte to its place, and none is read more often than it must be.
+
+The steps are executed by the interpreter of ``tests.worlds``, which trusts nothing and counts each byte that is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from shardtool import schedule
+from shardtool.dtypes import DType
+from shardtool.errors import BudgetTooSmall, PlanError
+from shardtool.layouts.rules import RULES, Dims, Source
+from shardtool.plan import Piece, Stored, Tensor, whole
+from shardtool.schedule import Target, least, steps, whole_target
+from shardtool.window import flat, row_major
+from tests.strategies import addresses, mosaic
+from tests.worlds import World, chance, ruled, shared
+
+CUT = ("column", "copy", "gate_up", "qkv", "row", "vocab")
+"""The rules that cut sources."""
+
+
+@contextlib.contextmanager
+def scale(floor: int, gap: int) -> Iterator[None]:
+    """Smaller tiles and gaps, so that small tensors are cut as large ones are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schedule, "FLOOR", floor)
+        patch.setattr(schedule, "GAP", gap)
+        yield
+
+
+LIMITS = st.tuples(st.integers(0, 3000), st.integers(1, 5000), st.sampled_from([64, 200, 1 << 20]))
+
+
+def scheduled(world: World, groups: Sequence[Sequence[Target]], limits: tuple[int, int, int], tile: int | None = None):
+    """Plan, execute and check; the limit is so much more than the least."""
+    more, want, longest = limits
+    limit = least(groups, tile) + more
+    done = world.run(steps(groups, limit=limit, want=want, longest=longest, tile=tile), limit)
+    world.check(groups, done)
+    return done
+
+
+# The laws.
+
+
+@given(st.data(), LIMITS, st.sampled_from([64, 256, 4096]), st.sampled_from([0, 40, 128 << 10]))
+def test_any_mosaic_is_filled_with_the_right_bytes_under_any_limit(data, limits, floor: int, gap: int):
+    """Transposed, stepped, of mixed types, misaligned, empty, cast: the limit holds and the bytes are right."""
+    world = World()
+    kinds = st.one_of(chance(world), st.sampled_from(CUT).flatmap(lambda rule: ruled(world, rule, 2, only=0)))
+    groups = [data.draw(kinds) for _ in range(data.draw(st.integers(1, 4)))]
+    with scale(floor, gap):
+        scheduled(world, groups, limits)
+
+
+@given(
+    st.data(),
+    st.lists(st.sampled_from(CUT), min_size=1, max_size=4),
+    st.sampled_from([1, 2, 4]),
+    LIMITS,
+    st.sampled_from([64, 256, 4096]),
+)
+def test_what_all_ranks_want_is_read_once_under_any_limit(data, rules: list[str], tp: int, limits, floor: int):
+    world = World()
+    groups = [data.draw(ruled(world, rule, tp)) for rule in rules]
+    with scale(floor, 128 << 10):
+        scheduled(world, groups, limits)
+    assert world.most_read <= 1
+
+
+@given(st.data(), st.sampled_from([rule for rule in CUT if rule != "row"]), LIMITS)
+def test_one_rank_alone_reads_its_own_bytes_and_no_others(data, rule: str, limits):
+    world = World()
+    group = data.draw(ruled(world, rule, 4, only=data.draw(st.integers(0, 3))))
+    with scale(64, 128 << 10):
+        scheduled(world, [group], limits)
+    assert world.most_read <= 1
+    own = sum(
+        len(np.unique(addresses(piece.src))) * piece.source.dtype.itemsize
+        for target in group
+        for piece in target.pieces
+        if isinstance(piece.source, Stored)
+    )
+    assert sum(int(counts.sum()) for counts in world.counts.values()) == own
+
+
+@given(st.data(), st.integers(1, 300), LIMITS)
+def test_a_sink_that_needs_a_certain_size_gets_tiles_of_that_size(data, tile: int, limits):
+    world = World()
+    group = data.draw(st.one_of(chance(world), ruled(world, "row", 2), ruled(world, "vocab", 2)))
+    items = {target.tensor.dtype.itemsize for target in group}
+    tile *= math.lcm(*items) if items else 1
+    with scale(64, 100):
+        done = scheduled(world, [group], limits, tile)
+    for target in group:
+        sizes = [t.nbytes for step in done for t in step.tiles if t.target is target]
+        assert all(n == tile for n in sizes[:-1])
+        assert all(n <= tile for n in sizes)
+
+
+# Tiles, reads and gaps as large as they are.
+
+
+@pytest.mark.parametrize("tp", [1, 2, 8])
+@pytest.mark.parametrize("rule", ["column", "gate_up", "row", "qkv", "copy"])
+@pytest.mark.parametrize("much", [1, 2, 20])
+def test_a_layer_is_read_once_in_long_ranges(rule: str, tp: int, much: int):
+    dims = Dims(heads=16, kv_heads=4, head_dim=8, vocab=1)
+    width = 1024
+    sizes = {"qkv": [(128, width), (32, width), (32, width)], "gate_up": [(256, width)] * 2}.get(rule, [(128, width)])
+    world = World()
+    for i, shape in enumerate(sizes):
+        world.store(f"s{i}", DType.BF16, shape, lead=3)
+    shares = RULES[rule]("t", [Source(f"s{i}", shape) for i, shape in enumerate(sizes)], dims, tp)
+    group = [world.target(shared("t", DType.BF16, share), rank) for share in shares for rank in share.ranks]
+    limit = least([group]) * much
+    done = world.run(steps([group], limit=limit, want=limit // 3, longest=8 << 20), limit)
+    world.check([group], done)
+    assert world.most_read == 1
+    assert {int(n) for n in np.unique(world.counts["f"][3:])} == {1}
+
+
+def test_rows_that_a_rank_needs_only_a_little_of_are_read_apart():
+    """Between the columns of one rank lie more bytes than are worth reading."""
+    world = World()
+    world.store("s", DType.U8, (4, 1 << 20))
+    piece = Piece(row_major((4, 100)), row_major((4, 1 << 20)).narrow(1, 500, 100), "s")
+    target = world.target(mosaic("t", np.zeros((4, 100)), [piece], dtype=DType.U8).tensor, 0)
+    done = scheduled(world, [[target]], (1 << 20, 1 << 20, 1 << 20))
+    assert [read.nbytes for step in done for read in step.reads] == [100] * 4
+
+
+def test_a_transposed_tensor_that_fits_is_read_once_and_one_that_does_not_once_per_band():
+    world = World()
+    world.store("s", DType.F32, (200, 100))
+    piece = Piece(row_major((100, 200)), row_major((200, 100)).transpose(1, 0), "s")
+    target = world.target(mosaic("t", np.zeros((100, 200)), [piece], dtype=DType.F32).tensor, 0)
+    assert len(scheduled(world, [[target]], (300_000, 20_000, 8 << 20))) == 1
+    assert world.most_read == 1
+    done = scheduled(world, [[target]], (20_000, 20_000, 8 << 20))
+    assert len(done) > 1
+    assert world.most_read == len(done)
+
+
+def test_small_neighbours_share_a_step_and_its_reads():
+    world = World()
+    groups = []
+    for i in range(20):
+        stored = world.store(f"n{i}", DType.BF16, (64,))
+        tensor = whole(f"n{i}", stored)
+        groups.append([world.target(tensor, rank) for rank in range(4)])
+    done = scheduled(world, groups, (1 << 20, 1 << 20, 1 << 20))
+    assert [len(step.reads) for step in done] == [1]
+    assert world.most_read == 1
+
+
+def test_a_read_that_is_a_tile_goes_straight_into_it_and_takes_no_memory():
+    world = World()
+    stored = world.store("s", DType.F32, (1000,))
+    target = world.target(whole("s", stored), 0, staging=0)
+    (step,) = scheduled(world, [[target]], (0, 1 << 20, 1 << 20))
+    assert step.cost == 0
+    assert [read.place for read in step.reads] == [None]
+    other = whole_target(target.tensor, stored, 0, target.offset, 0)
+    assert other.pieces == target.pieces
+
+
+def test_empty_tensors_take_no_step():
+    world = World()
+    world.store("s", DType.F32, (0, 4))
+    assert scheduled(world, [[world.target(whole("s", world.stored["s"]), 0)]], (0, 100, 100)) == []
+
+
+def test_a_tensor_without_dimensions_is_one_element():
+    world = World()
+    world.store("s", DType.F64, (), lead=5)
+    scheduled(world, [[world.target(whole("s", world.stored["s"]), r) for r in range(3)]], (0, 100, 100))
+    assert world.most_read == 1
+
+
+def test_padding_and_constants_are_filled_without_a_read():
+    world = World()
+    group = [world.target(mosaic("one", np.zeros(()), [], 1.0, DType.F32).tensor, 0)]
+    (step,) = scheduled(world, [group], (0, 100, 100))
+    assert (step.reads, step.tiles[0].fill) == ([], 1.0)
+
+
+def test_replicas_that_overlap_do_not_hide_padding():
+    """Four elements of which two come twice and one from nowhere: that one is padding, and filled."""
+    world = World()
+    stored = world.store("s", DType.U8, (4,))
+    pieces = tuple(Piece(flat(at, 2), flat(at, 2), stored) for at in (0, 1))
+    target = world.target(Tensor("t", DType.U8, (4,), lambda: pieces, 7.0), 0)
+    scheduled(world, [[target]], (0, 100, 100))
+
+
+def test_elements_that_come_from_nowhere_are_refused():
+    world = World()
+    stored = world.store("s", DType.U8, (4,))
+    target = world.target(Tensor("t", DType.U8, (4,), lambda: (Piece(flat(0, 3), flat(0, 3), stored),)), 0)
+    with pytest.raises(PlanError, match="'t': 1 of its elements come from nowhere"):
+        list(steps([[target]], limit=1 << 20, want=100, longest=100))
+
+
+@given(st.data(), st.integers(1, 400))
+def test_a_limit_below_the_least_is_enough_or_refused_with_the_least(data, less: int):
+    world = World()
+    groups = [data.draw(st.one_of(chance(world), ruled(world, "row", 4)))]
+    with scale(64, 100):
+        limit = least(groups) - less
+        assume(limit > 0)
+        refused: BudgetTooSmall | None = None
+        try:
+            done = world.run(steps(groups, limit=limit, want=limit, longest=1 << 20), limit)
+        except BudgetTooSmall as error:
+            refused = error
+        else:
+            world.check(groups, done)
+        if refused:
+            assert refused.needed == least(groups)
+            assert f"needs {refused.needed} bytes of memory and has {limit}" in str(refused)
+
+
+def test_the_least_counts_one_floor_for_each_tile_and_one_read():
+    world = World()
+    world.store("s", DType.U8, (100_000,))
+    world.store("n", DType.U8, (10,))
+    tiles = [world.target(whole("s", world.stored["s"]), rank) for rank in range(3)]
+    small: list[Any] = [world.target(whole("n", world.stored["n"]), 0)]
+    floor, align = schedule.FLOOR, schedule.ALIGN
+    assert least([tiles, small]) == 3 * floor + floor + align
+    assert least([small]) == align + floor + align
+    assert least([tiles], 1 << 10) == 3 * 1024 + floor + align
+    assert least([]) == 0
