@@ -105,8 +105,9 @@ class Step:
 
 
 def least(groups: Iterable[Sequence[Target]], tile: int | None = None) -> int:
-    """The smallest block in which every group can be done, in tiles of ``tile`` bytes if a sink needs a certain
-    size.
+    """The smallest block in which every group can be done.
+
+    ``tile``: bytes of every tile, if a sink needs a certain size.
     """
     need = 0
     for group in groups:

@@ -33,8 +33,9 @@ MAX_PEELED = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Elements of one tensor: ``offset``, ``shape`` and ``strides``, all counted in elements. Strides are not
-    negative.
+    """Elements of one tensor: ``offset``, ``shape`` and ``strides``, all counted in elements.
+
+    Strides are not negative.
     """
 
     offset: int
@@ -282,8 +283,9 @@ def _meet(a: _Box, b: _Box, lowest: int) -> tuple[Window, Window] | None:
 
 
 def tiles(shape: tuple[int, ...], most: int) -> Iterator[tuple[int, int]]:
-    """Ranges (start, count) of elements in row-major order, each ``most`` at most, ending at the end of a row if it
-    can.
+    """Ranges (start, count) of elements in row-major order.
+
+    Each has ``most`` elements at most and ends at the end of a row if it can.
     """
     total = math.prod(shape)
     size = aligned(shape, most)
@@ -301,8 +303,9 @@ def aligned(shape: tuple[int, ...], most: int) -> int:
 
 
 def union(windows: Iterable[Window]) -> int:
-    """How many addresses the windows hold together. A window that meets itself other than by standing still is
-    refused.
+    """How many addresses the windows hold together.
+
+    A window that meets itself other than by standing still is refused.
     """
     distinct = list(dict.fromkeys(_nested(window) for window in windows))
     total = 0

@@ -16,7 +16,15 @@ from shardtool.budget import Arena, default_limit
 from shardtool.checkpoint import Checkpoint, WeightFile, open_checkpoint, with_headers
 from shardtool.dtypes import castable
 from shardtool.engine import execute
-from shardtool.errors import BudgetTooSmall, ChecksumMismatch, FormatError, ShardtoolError, StoreError, UnsupportedModel
+from shardtool.errors import (
+    BudgetTooSmall,
+    ChecksumMismatch,
+    FormatError,
+    ShardtoolError,
+    StoreError,
+    UnsupportedModel,
+    UsageError,
+)
 from shardtool.layouts import vllm
 from shardtool.layouts.base import Model, Parallel
 from shardtool.manifest import FileRecord, Manifest
@@ -93,6 +101,8 @@ def verify(
     takes from it. ``pattern``: the names of shards without a manifest. Returns a report; ``report.ok`` and
     ``report.exit_code`` say how it went.
     """
+    if quick and against is not None:
+        raise UsageError("--quick looks at no tensor and --against at all of them; use one of the two")
     began = time.monotonic()
     limit = None if memory_limit is None else parse_size(memory_limit, "--memory-limit")
     uri = os.fspath(uri)
@@ -109,7 +119,7 @@ def verify(
         if not quick:
             report.depth = "digests"
             _digests(checkpoint.store, files, made, report, limit, concurrency, progress)
-    if against is not None and not quick:
+    if against is not None:
         report.depth = "equality"
         _against(checkpoint, made, sources.open_source(os.fspath(against)), report, limit, concurrency, progress)
     report.seconds = time.monotonic() - began

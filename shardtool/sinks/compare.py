@@ -71,8 +71,9 @@ class CompareSink:
 
 
 def compare(expected: memoryview, actual: memoryview, dtype: DType, first: int) -> Difference | None:
-    """The difference of two equally long runs of elements, the first of which is number ``first``. Bits are
-    compared.
+    """The difference of two equally long runs of elements, the first of which is number ``first``.
+
+    Bits are compared.
     """
     total: Difference | None = None
     bits = f"<u{dtype.itemsize}"

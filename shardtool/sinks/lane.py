@@ -1,5 +1,6 @@
-"""A lane: tiles of one file arrive in any order and are handled in the order of their bytes, by one thread at a
-time.
+"""A lane.
+
+Tiles of one file arrive in any order and are handled in the order of their bytes, by one thread at a time.
 """
 
 from __future__ import annotations

@@ -90,8 +90,9 @@ class S3Store(Store):
                 self._wait(failures)
 
     def create(self, key: str, size: int, *, exclusive: bool = False) -> CheckedWriter:
-        """Begin an object. One over 8 MiB is uploaded in parts, or gathered in memory where it is ``exclusive``: up
-        to 512 MiB.
+        """Begin an object.
+
+        One over 8 MiB is uploaded in parts, or gathered in memory where it is ``exclusive``: up to 512 MiB.
 
         Servers that ignore conditions exist. On those, two exclusive writers that meet may both win.
         """
