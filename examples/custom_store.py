@@ -68,7 +68,9 @@ class SqliteStore(Store):
     def delete(self, key: str) -> None:
         """Remove an object, if it is there."""
         with self.lock:
-            self.database.execute("DELETE FROM contents WHERE id = (SELECT id FROM objects WHERE key = ?)", (check_key(key),))
+            self.database.execute(
+                "DELETE FROM contents WHERE id = (SELECT id FROM objects WHERE key = ?)", (check_key(key),)
+            )
             self.database.execute("DELETE FROM objects WHERE key = ?", (key,))
 
     def close(self) -> None:

@@ -24,7 +24,9 @@ def main() -> int:
     args = parser.parse_args()
 
     plan = shardtool.save(args.model, args.output, tp=args.tp, dry_run=True)
-    print(f"{plan.what}: {len(plan.files)} files, {plan.bytes_to_write:,} bytes; {plan.least_memory:,} bytes of memory would do")
+    print(
+        f"{plan.what}: {len(plan.files)} files, {plan.bytes_to_write:,} bytes, {plan.least_memory:,} of memory would do"
+    )
     for note in plan.notes:
         print(f"note: {note}")
 

@@ -12,7 +12,6 @@ import io
 import json
 import math
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from threading import Lock
@@ -103,7 +102,7 @@ def _drawn(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     for row in cells:
         drawn.add_row(*(Text(cell) for cell in row))
     page = io.StringIO()
-    Console(file=page, force_terminal=True, width=shutil.get_terminal_size().columns).print(drawn)
+    Console(file=page, force_terminal=True, width=_columns(sys.stdout) or 80).print(drawn)
     return page.getvalue()
 
 
@@ -116,7 +115,9 @@ def progress(label: str, *, shown: bool) -> Iterator[Tell | None]:
     from tqdm import tqdm
 
     lock = Lock()
-    with tqdm(desc=label, unit="B", unit_scale=True, leave=False, dynamic_ncols=True, file=sys.stderr) as bar:
+    known = _columns(sys.stderr) > 0
+    size = {"dynamic_ncols": True} if known else {"ncols": 80, "nrows": 24}
+    with tqdm(desc=label, unit="B", unit_scale=True, leave=False, file=sys.stderr, **size) as bar:
 
         def tell(done: int, total: int) -> None:
             with lock:
@@ -127,6 +128,14 @@ def progress(label: str, *, shown: bool) -> Iterator[Tell | None]:
                     bar.update(done - bar.n)
 
         yield tell
+
+
+def _columns(stream: TextIO) -> int:
+    """The width of a terminal; 0 if it does not tell, as some that programs make do not."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):
+        return 0
 
 
 def terminal(stream: TextIO | None) -> bool:
@@ -167,9 +176,11 @@ def _say(text: str) -> None:
 def _write(stream: TextIO | None, text: str) -> None:
     if stream is None:  # the process was started without it
         return
+    data = memoryview(text.encode(stream.encoding or "utf-8", "backslashreplace"))
     try:
-        encoding = stream.encoding or "utf-8"
-        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        stream.flush()
+        while data:  # an unbuffered stream may take less than it is given
+            data = data[stream.buffer.write(data) or 0 :]
         stream.flush()
     except OSError as failed:
         # What is left in its buffer would fail again when the interpreter ends.

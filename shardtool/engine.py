@@ -27,7 +27,7 @@ from shardtool.schedule import Copy, Read, Step, Tile
 from shardtool.stores.base import Store
 
 Progress = Callable[[int], None]
-"""Told of the bytes that have just been done."""
+"""Told of the bytes that have just been done, by one thread at a time."""
 
 
 class Sink(Protocol):
@@ -108,6 +108,7 @@ class _Run:
         self._store = store
         self._arena = arena
         self._progress = progress
+        self._telling = Lock()
         self._queued = BoundedSemaphore(4 * max(1, readers) + 8)
 
     def fail(self, error: BaseException) -> None:
@@ -163,7 +164,8 @@ class _Run:
         for tile in work.step.tiles:
             tile.target.sink.done(tile, work.staging(tile), work.release)
             if self._progress:
-                self._progress(tile.nbytes)
+                with self._telling:
+                    self._progress(tile.nbytes)
 
 
 def scatter(copy: Copy, source: memoryview, room: memoryview) -> None:

@@ -159,11 +159,15 @@ class Manifest:
         return replace(self, files=tuple(sorted(files, key=lambda f: f.key)))
 
     def encode(self) -> bytes:
-        """The bytes of ``shardtool.json``: one line per top-level key, its own digest among them."""
-        table = {**self._plan(), "files": [f.to_json() for f in self.files]}
-        table["digest"] = digest.of_bytes(_canonical(table))
-        lines = (f"{json.dumps(key)}: {_canonical(value).decode()}" for key, value in table.items())
-        return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+        """The bytes of ``shardtool.json``: one line per top-level key, its own digest last."""
+        return _signed({**self._plan(), "files": [f.to_json() for f in self.files]})
+
+
+def _signed(table: Mapping[str, Any]) -> bytes:
+    """The only bytes that say this table."""
+    full = {**table, "digest": digest.of_bytes(_canonical(table))}
+    lines = (f"{json.dumps(key)}: {_canonical(value).decode()}" for key, value in full.items())
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
 
 def decode(data: bytes, where: str) -> Manifest:
@@ -182,10 +186,10 @@ def decode(data: bytes, where: str) -> Manifest:
         raise FormatError(
             f"{where} has the format {table['format']!r}; this version of shardtool reads {FORMAT!r}, use a newer one"
         )
-    said = table.pop("digest", None)
-    if said != digest.of_bytes(_canonical(table)):
-        raise FormatError(f"{where} is damaged: its digest does not match its content")
+    table.pop("digest", None)
     try:
+        if data != _signed(table):
+            raise FormatError(f"{where} is damaged: its digest does not match its content")
         return _from_json(table, where)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(f"{where} is damaged: {error!r}") from None
@@ -197,18 +201,18 @@ def _from_json(table: Mapping[str, Any], where: str) -> Manifest:
         raise ValueError(f"chunks of {table['chunk']} bytes are not supported")
     return Manifest(
         written_by=_text(table["written_by"]),
-        layout=table["layout"],
+        layout=_table(table["layout"]),
         tp=_size(table["parallel"]["tp"]),
         pp=_size(table["parallel"]["pp"]),
         dtype=DType[table["dtype"]],
         pattern=_text(table["pattern"]),
         max_part_size=_size(table["max_part_size"]),
         config=_text(table["config"]),
-        amendments=table["amendments"],
+        amendments=_table(table["amendments"]),
         sample=_text(source["sample"]),
         inventory=_unpack(source["tensors"]),
         dropped=tuple(Dropped(_text(d["name"]), _text(d["reason"]), bool(d["kept"])) for d in source["dropped"]),
-        copies=dict(source["copies"]),
+        copies={_text(copy): _text(of) for copy, of in _table(source["copies"]).items()},
         recipe=recipe.from_json(table["recipe"], where),
         side_files=tuple(
             SideFile(_key(s["key"]), _size(s["size"]), _hex(s["blake3"], 64)) for s in table["side_files"]
@@ -224,6 +228,12 @@ def _canonical(value: Any) -> bytes:
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is not a text")
+    return value
+
+
+def _table(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"{value!r} is not a table")
     return value
 
 
@@ -250,22 +260,22 @@ def _key(value: Any) -> str:
     return value
 
 
-_NUMBER = re.compile(r"(?<=\.)(?:0|[1-9]\d*)(?=\.)")
+_NUMBER = re.compile(r"(?<=\.)(?:0|[1-9]\d{0,8})(?=\.)")
 
 
 def _pack(inventory: Mapping[str, Logical]) -> list[dict[str, Any]]:
     """The inventory with the layers' numbers folded into runs."""
-    groups: dict[tuple[str, str, tuple[int, ...]], list[int]] = {}
+    groups: dict[tuple[str, str, tuple[int, ...], bool], list[int]] = {}
     for name, tensor in inventory.items():
         number = None if SLOT in name else _NUMBER.search(name)
         if number:
             template = name[: number.start()] + SLOT + name[number.end() :]
-            groups.setdefault((template, tensor.dtype.name, tensor.shape), []).append(int(number[0]))
+            groups.setdefault((template, tensor.dtype.name, tensor.shape, True), []).append(int(number[0]))
         else:
-            groups[name, tensor.dtype.name, tensor.shape] = []
+            groups[name, tensor.dtype.name, tensor.shape, False] = []
     return [
-        {"name": name, **({"i": recipe.runs(sorted(index))} if index else {}), "dtype": dtype, "shape": list(shape)}
-        for (name, dtype, shape), index in sorted(groups.items())
+        {"name": name, **({"i": recipe.runs(sorted(index))} if folded else {}), "dtype": dtype, "shape": list(shape)}
+        for (name, dtype, shape, folded), index in sorted(groups.items())
     ]
 
 

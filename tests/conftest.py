@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, settings
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytest_plugins = ["tests.servers"] if Path(__file__).with_name("servers.py").exists() else []
+pytest_plugins = ["tests.servers", "tests.models"]
 
 # From the plain default, not from the profile that Hypothesis would choose where CI is set, which tries nothing new.
 settings.register_profile(

@@ -110,7 +110,9 @@ def run(operation: str, *args: Any, **options: Any) -> Outcome:
     return finish(start(operation, *args, **options))
 
 
-def cli(*args: Any, file_size: int | None = None, environ: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def cli(
+    *args: Any, file_size: int | None = None, environ: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """The command line, as people start it."""
 
     def limit() -> None:
@@ -125,7 +127,7 @@ def cli(*args: Any, file_size: int | None = None, environ: dict[str, str] | None
         capture_output=True,
         timeout=TIMEOUT,
         check=False,
-        preexec_fn=limit,  # noqa: PLW1509 - the parent's threads do not matter to one system call
+        preexec_fn=limit,
     )
 
 
@@ -187,7 +189,18 @@ def _perform(operation: str, call: Callable[..., Any], args: list[str], kwargs: 
     if operation == "stream":
         return {"bytes": sum(tensor.nbytes for _, tensor in call(*args, **kwargs))}
     found = call(*args, **kwargs)
-    names = ("written", "kept", "complete", "least_memory", "bytes_to_write", "bytes_to_read", "ok", "depth", "bytes", "tensors")
+    names = (
+        "written",
+        "kept",
+        "complete",
+        "least_memory",
+        "bytes_to_write",
+        "bytes_to_read",
+        "ok",
+        "depth",
+        "bytes",
+        "tensors",
+    )
     return {name: getattr(found, name) for name in names if hasattr(found, name)}
 
 
@@ -209,7 +222,12 @@ def _main(text: str) -> None:
     try:
         said["value"] = _perform(operation, call, args, kwargs)
     except ShardtoolError as error:
-        said.update(error=type(error).__name__, message=str(error), exit_code=error.exit_code, needed=getattr(error, "needed", 0))
+        said.update(
+            error=type(error).__name__,
+            message=str(error),
+            exit_code=error.exit_code,
+            needed=getattr(error, "needed", 0),
+        )
     said["over"] = peak_memory() - before
     said["torch"] = "torch" in sys.modules
     said["changes"], said["requests"] = watch.changes, watch.requests

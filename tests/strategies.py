@@ -122,9 +122,17 @@ def factorings(draw: Draw, size: int) -> tuple[int, ...]:
     return (*shape, size)
 
 
-def chained(draw: Draw, view: View, *, cut: bool = True, most: int = 4) -> View:
-    """A chain of up to ``most`` views; without ``cut`` every element stays."""
-    for kind in draw(st.lists(st.sampled_from([turned, reshaped, *([narrowed] * 2 if cut else [])]), max_size=most)):
+def repeated(draw: Draw, view: View) -> View:
+    """All of it twice or three times, in a new dimension along which the window stands still."""
+    n = draw(st.integers(2, 3))
+    window = Window(view.window.offset, (n, *view.window.shape), (0, *view.window.strides))
+    return View(window, np.broadcast_to(view.array, (n, *view.array.shape)))
+
+
+def chained(draw: Draw, view: View, *, cut: bool = True, still: bool = False, most: int = 4) -> View:
+    """A chain of up to ``most`` views; without ``cut`` every element stays, with ``still`` some may be repeated."""
+    kinds = [turned, reshaped, *([narrowed] * 2 if cut else []), *([repeated] if still else [])]
+    for kind in draw(st.lists(st.sampled_from(kinds), max_size=most)):
         view = kind(draw, view)
     return view
 
@@ -188,7 +196,9 @@ def mosaics(draw: Draw, sources: Sources, name: str = "target", *, most: int = 4
     parts = []
     for _ in range(draw(st.integers(1, most))):
         source = draw(st.sampled_from(sorted(sources)))
-        parts.append((source, _rows(chained(draw, whole_view(sources[source].shape, sources[source])), width)))
+        parts.append(
+            (source, _rows(chained(draw, whole_view(sources[source].shape, sources[source]), still=True), width))
+        )
     dim = draw(st.integers(0, 1))
     if dim:  # side by side: as many rows of each
         rows = min(view.array.shape[0] for _, view in parts)
@@ -251,7 +261,7 @@ def layouts(draw: Draw, held: Sources) -> list[Mosaic]:
     for source, array in held.items():
         for view in _blocks(draw, whole_view(array.shape, array), draw(st.integers(0, 3))):
             for _ in range(draw(st.sampled_from([1, 1, 1, 2]))):  # a replica, perhaps of another form
-                form = chained(draw, view, cut=False, most=3)
+                form = chained(draw, view, cut=False, still=True, most=3)
                 copies = draw(st.sampled_from([1, 1, 1, 2]))
                 if copies > 1 and form.array.ndim:
                     found.append(stacked(f"t{len(found)}", [(source, form)] * copies, 0))

@@ -219,7 +219,7 @@ class InLine(Collect):
 
 
 def test_memory_that_a_sink_keeps_is_not_lent_again():
-    world, groups, _ = small()
+    world, groups, _ = small(200, 700)  # several tiles a step
     sink = InLine(world.ranks[0])
     for group in groups:
         group[:] = [Target(t.tensor, t.pieces, sink, t.offset) for t in group]
@@ -330,7 +330,7 @@ def test_a_plan_that_fails_half_way_is_raised():
 
 def test_the_first_failure_is_raised_and_not_what_came_of_it():
     """A reader has failed; then the dispatcher fails because of that."""
-    world, groups, _ = small()
+    world, groups, _ = small(1, 1500)  # one step of one read
     failed = threading.Event()
 
     def failing() -> Iterator[Step]:

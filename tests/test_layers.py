@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 # A floor, what stands on it, and the floors that it may import besides itself. The names are fnmatch patterns of
 # modules below shardtool; "." is shardtool/__init__.py. A module belongs to the first line that names it.
 FLOORS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "L0 words":      (("errors", "dtypes", "window"),                          ()),
+    "L0 words":      (("errors", "dtypes", "window", "units"),                 ()),
     "L1 nouns":      (("plan", "mosaic", "schedule", "header", "digest",
                        "recipe", "manifest", "pattern"),                       ("L0 words",)),
     "L2a layouts":   (("layouts", "layouts.*"),                                ("L0 words", "L1 nouns")),

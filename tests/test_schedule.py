@@ -23,7 +23,7 @@ from shardtool.plan import Piece, Stored, Tensor, whole
 from shardtool.schedule import Target, least, steps, whole_target
 from shardtool.window import flat, row_major
 from tests.strategies import addresses, mosaic
-from tests.worlds import World, chance, ruled, shared
+from tests.worlds import START, World, chance, ruled, shared
 
 CUT = ("column", "copy", "gate_up", "qkv", "row", "vocab")
 """The rules that cut sources."""
@@ -38,7 +38,7 @@ def scale(floor: int, gap: int) -> Iterator[None]:
         yield
 
 
-LIMITS = st.tuples(st.integers(0, 3000), st.integers(1, 5000), st.sampled_from([64, 200, 1 << 20]))
+LIMITS = st.tuples(st.integers(0, 3000), st.integers(1, 5000), st.sampled_from([64, 203, 1 << 20]))
 
 
 def scheduled(world: World, groups: Sequence[Sequence[Target]], limits: tuple[int, int, int], tile: int | None = None):
@@ -150,6 +150,38 @@ def test_a_transposed_tensor_that_fits_is_read_once_and_one_that_does_not_once_p
     done = scheduled(world, [[target]], (20_000, 20_000, 8 << 20))
     assert len(done) > 1
     assert world.most_read == len(done)
+
+
+def test_tiles_end_with_a_row_where_one_fits():
+    """So that what is read for a band of rows is one range and is cut the same way everywhere."""
+    world = World()
+    world.store("s", DType.BF16, (1000, 300))
+    shares = RULES["row"]("t", [Source("s", (1000, 300))], Dims(1, 1, 1, 1), 2)
+    group = [world.target(shared("t", DType.BF16, share), rank) for share in shares for rank in share.ranks]
+    done = scheduled(world, [group], (0, 100_000, 8 << 20))
+    assert len(done) > 2
+    assert all((tile.offset - START) % (150 * 2) == 0 for step in done for tile in step.tiles)
+
+
+@pytest.mark.parametrize("more", range(0, 400, 7))
+def test_a_transposed_tensor_is_done_in_the_least_memory_and_in_any_that_is_a_little_more(more: int):
+    world = World()
+    world.store("s", DType.U8, (30, 30))
+    piece = Piece(row_major((30, 30)), row_major((30, 30)).transpose(1, 0), "s")
+    target = world.target(mosaic("t", np.zeros((30, 30)), [piece], dtype=DType.U8).tensor, 0)
+    with scale(64, 1000):
+        scheduled(world, [[target]], (more, 64, 64))
+
+
+@pytest.mark.parametrize("longest", [64, 77, 203])
+def test_neighbours_whose_elements_do_not_line_up_are_divided_between_elements(longest: int):
+    """An odd number of bytes, and behind it numbers of four and eight."""
+    world = World()
+    for name, dtype, count in (("a", DType.U8, 101), ("b", DType.F32, 51), ("c", DType.F64, 33), ("d", DType.U8, 7)):
+        world.store(name, dtype, (count,), lead=3)
+    groups = [[world.target(whole(name, stored), rank) for rank in range(2)] for name, stored in world.stored.items()]
+    assert len(scheduled(world, groups, (1 << 20, 1 << 20, longest))) == 1
+    assert world.most_read == 1
 
 
 def test_small_neighbours_share_a_step_and_its_reads():

@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shardtool import window as module
@@ -142,6 +142,7 @@ def test_windows_whose_strides_do_not_divide_are_refused_rather_than_taken_apart
 
 
 @given(st.lists(windows(still=True), max_size=4))
+@example([flat(0, 3), flat(2, 3), flat(1, 5)])
 def test_a_union_counts_each_address_once(found: list[Window]):
     """However many windows hold it. Only one that meets itself other than by standing still is refused."""
     try:

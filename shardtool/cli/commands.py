@@ -15,7 +15,6 @@ import click
 from shardtool import display, settings
 from shardtool.cli import options
 from shardtool.cli.program import main
-from shardtool.errors import UsageError
 
 if TYPE_CHECKING:
     from shardtool.cli.reports import Memory
@@ -237,8 +236,6 @@ def verify(uri: str, **flags: Any) -> int:
     from shardtool.cli import reports
     from shardtool.ops.verify import verify as operation
 
-    if flags["quick"] and flags["against"] is not None:
-        raise UsageError("--quick reads no tensor and --against compares them all; leave one of them out")
     memory = _loaded(uri, flags["against"])
     silent, wants_json = settings.quiet(flags["quiet"]), flags["wants_json"]
     with display.progress("verify", shown=not (silent or wants_json)) as tell:

@@ -15,6 +15,7 @@ An error is one line on stderr; with ``--json`` it is an object on stdout as wel
 from __future__ import annotations
 
 import contextlib
+import errno
 import signal
 import sys
 import threading
@@ -67,10 +68,10 @@ def _explained(error: Exception, wants_json: bool) -> int:
             return _failed(kind, str(error), error.exit_code, wants_json, needed=error.needed)
         case ShardtoolError():
             return _failed(kind, str(error), error.exit_code, wants_json)
-        case OSError():
+        case OSError() if error.errno != errno.ENOMEM:
             what = error.strerror or str(error) or kind
             return _failed(kind, f"{error.filename}: {what}" if error.filename else what, SYSTEM_FAILED, wants_json)
-        case MemoryError():
+        case OSError() | MemoryError():
             message = "there is not enough memory: use a lower --memory-limit or --concurrency"
             return _failed(kind, message, SYSTEM_FAILED, wants_json)
         case _:  # torch's own error, which is known by its name because torch must not be imported here
@@ -94,6 +95,7 @@ def _interrupted(number: int, command: str | None, wants_json: bool) -> int:
     message = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
     if command in _RESUMED:
         message += "; the same command goes on where this one stopped"
+    exec("")  # an interrupt that passed through exec, as imports use it, would make Python end itself by SIGINT later
     display.interrupted(message)
     if wants_json:
         display.as_json({"error": {"kind": "Interrupted", "message": message, "exit_code": 128 + number}})
@@ -127,6 +129,7 @@ def _signals() -> Iterator[list[int]]:
 
 
 @click.group(
+    name="shardtool",
     cls=Program,
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},

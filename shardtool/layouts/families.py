@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from shardtool.dtypes import DType
 from shardtool.errors import FormatError, UnsupportedModel
 from shardtool.layouts.rules import RULES
 
@@ -239,6 +240,7 @@ def from_record(value: Any, where: str) -> Family:
         rows = tuple(Row(**{**row, "of": tuple(row["of"]), "instead": tuple(row["instead"])}) for row in value["rows"])
         lists = {key: tuple(value[key]) for key in ("architectures", "tied", "dtypes", "refused")}
         family = Family(**{**value, **lists, "rows": rows})
+        _check_kinds(family)
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(f"{where}: the layout table is damaged ({error!r})") from None
     for row in rows:
@@ -247,3 +249,16 @@ def from_record(value: Any, where: str) -> Family:
                 f"{where}: the layout uses the rule {row.rule!r}, which this version of shardtool does not know"
             )
     return family
+
+
+def _check_kinds(family: Family) -> None:
+    """Refuse a table whose columns hold other kinds of values. Raises ``TypeError`` or ``ValueError``."""
+    texts = [family.name, family.head_dim_key, *family.architectures, *family.tied, *family.refused]
+    texts += [*family.drops, *family.drops.values()] if isinstance(family.drops, dict) else [None]
+    for row in family.rows:
+        texts += [row.rule, row.to, *row.of, row.when, row.size, *row.instead]
+    if not all(isinstance(text, str) for text in texts) or not isinstance(family.defaults, dict):
+        raise TypeError("a column holds something that is not a text")
+    known_dtypes = bool(family.dtypes) and set(family.dtypes) <= set(DType.__members__)
+    if len(family.tied) != 2 or not family.architectures or not known_dtypes:
+        raise ValueError("tied must name two tensors, architectures one at least, dtypes only such as there are")

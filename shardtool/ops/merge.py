@@ -87,7 +87,8 @@ def plan(source: Source, origin: Manifest, most: int) -> Job:
         key = f"model-{part + 1:05d}-of-{count:05d}.safetensors"
         files.append((part, File(key, None, tuple(chosen), (("format", "pt"),))))
     config = sources.amended(source.config_text, _config_amendments(origin, narrowed))
-    index = _index(files)
+    sample = sources.sample_of(source)
+    index = _index(files, sample)
     plain = replace(origin, files=())
 
     def commit(store: Store, records: Sequence[FileRecord]) -> None:
@@ -102,7 +103,7 @@ def plan(source: Source, origin: Manifest, most: int) -> Job:
 
     return Job(
         what=f"the merged checkpoint of {source.uri}",
-        fingerprint=digest.of_bytes(f"merge {plain.fingerprint} {most}".encode())[:32],
+        fingerprint=digest.of_bytes(f"merge {plain.fingerprint} {sample} {most}".encode())[:32],
         files=tuple(files),
         catalog=source.catalog,
         source=source.store,
@@ -124,10 +125,12 @@ def _config_amendments(origin: Manifest, narrowed: dict[str, DType]) -> dict[str
     return {k: v for k, v in origin.amendments.items() if k in ("dtype", "torch_dtype")} if narrowed else {}
 
 
-def _index(files: Sequence[tuple[int, File]]) -> bytes:
+def _index(files: Sequence[tuple[int, File]], sample: str) -> bytes:
+    """The index. ``sample`` tells models of one shape apart, so that another one's files are not taken for these."""
     weight_map = {t.name: file.key for _, file in files for t in file.tensors}
     total = sum(file.data_size for _, file in files)
-    table = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    metadata = {"total_size": total, "shardtool_sample": sample}
+    table = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
     return (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode()
 
 

@@ -169,7 +169,7 @@ def plan(
         source=source.store,
         commit=commit,
         committed=committed,
-        stale=lambda key: bool(names.fullmatch(key)) or key.endswith(".safetensors.index.json"),
+        stale=lambda key: bool(names.fullmatch(key)) or ("/" not in key and key.endswith(".safetensors.index.json")),
         notes=tuple(_notes(source, made)),
         details={
             "architecture": layout.family.architectures[0],

@@ -13,19 +13,19 @@ from dataclasses import dataclass, field, replace
 
 from shardtool import digest, schedule
 from shardtool.budget import Arena, default_limit
-from shardtool.checkpoint import Checkpoint, WeightFile, open_checkpoint, with_headers
+from shardtool.checkpoint import Checkpoint, WeightFile, open_checkpoint
 from shardtool.dtypes import castable
 from shardtool.engine import execute
 from shardtool.errors import (
     BudgetTooSmall,
     ChecksumMismatch,
     FormatError,
+    Incomplete,
     ShardtoolError,
     StoreError,
     UnsupportedModel,
     UsageError,
 )
-from shardtool.layouts import vllm
 from shardtool.layouts.base import Model, Parallel
 from shardtool.manifest import FileRecord, Manifest
 from shardtool.mosaic import Logical, resolve
@@ -116,6 +116,8 @@ def verify(
         report.files, files = structure.check_files(checkpoint, made)
         report.files += structure.check_side_files(checkpoint, made, digests=not quick)
         checkpoint = Checkpoint(uri, checkpoint.store, checkpoint.kind, tuple(files), made)
+        if against is not None:  # before hours are spent on digests
+            _expect(limit, _least(len(checkpoint.ranks), CompareSink.staging))
         if not quick:
             report.depth = "digests"
             _digests(checkpoint.store, files, made, report, limit, concurrency, progress)
@@ -150,19 +152,28 @@ def _structure(checkpoint: Checkpoint, report: Report, *, quick: bool) -> Manife
     return made
 
 
-def _arena(limit: int | None, files: int, staging: int) -> Arena:
-    """Memory for reading ``files`` files side by side."""
-    least = max(1, files) * staging * (schedule.FLOOR + schedule.ALIGN) + schedule.FLOOR + schedule.ALIGN
+def _least(files: int, staging: int) -> int:
+    """The memory without which ``files`` files cannot be read side by side."""
+    return max(1, files) * staging * (schedule.FLOOR + schedule.ALIGN) + schedule.FLOOR + schedule.ALIGN
+
+
+def _expect(limit: int | None, least: int) -> None:
+    """Refuse a limit that is too small, naming one that is not."""
+    if limit not in (None, -1, 0) and limit < least:
+        raise BudgetTooSmall(
+            f"--memory-limit {show_size(limit)} is too small to verify: {least} bytes would do", needed=least
+        )
+
+
+def _arena(limit: int | None, least: int) -> Arena:
+    """Memory of at least ``least`` bytes."""
+    _expect(limit, least)
     if limit is None:
         limit = default_limit()
     elif limit == -1:
         limit = UNLIMITED
     elif limit == 0:
         limit = least
-    if limit < least:
-        raise BudgetTooSmall(
-            f"--memory-limit {show_size(limit)} is too small to verify: {least} bytes would do", needed=least
-        )
     return Arena(min(limit, UNLIMITED))
 
 
@@ -206,7 +217,7 @@ def _digests(
     records = {record.key: record for record in made.files}
     sound = [file for file in files if checks[file.key].ok]
     side_by_side = max(1, min(8, len(sound)))
-    arena = _arena(limit, side_by_side, 1)
+    arena = _arena(limit, _least(side_by_side, 1))
     total = sum(file.size for file in sound)
     sinks: dict[str, DigestSink] = {}
 
@@ -255,16 +266,17 @@ def check_input(source: Source, *, memory_limit: int | None, concurrency: int | 
     """
     if source.origin is None or not source.origin.files:
         return
-    checkpoint = with_headers(Checkpoint(source.uri, source.store, "sharded", (), source.origin))
+    origin = source.origin
+    checkpoint = Checkpoint(source.uri, source.store, "sharded", (), origin)
     report = Report(source.uri, "sharded", "digests")
-    report.files = [FileCheck(file.key, file.size) for file in checkpoint.files]
-    for file, record, check in zip(checkpoint.files, source.origin.files, report.files, strict=True):
-        if file.size != record.size:
-            check.why.append(f"{file.size} bytes, the manifest says {record.size}")
-    _digests(source.store, checkpoint.files, source.origin, report, memory_limit, concurrency, None)
-    bad = [check for check in report.files if not check.ok]
+    report.files, files = structure.check_files(checkpoint, origin)
+    report.files += structure.check_side_files(checkpoint, origin, digests=True)
+    _digests(source.store, files, origin, report, memory_limit, concurrency, None)
+    own = {structure.WHOLE, *(record.key for record in origin.files), *(side.key for side in origin.side_files)}
+    bad = [check for check in report.files if not check.ok and check.key in own]  # foreign files are not read
     if bad:
-        raise ChecksumMismatch(
+        kind = Incomplete if bad[0].missing else ChecksumMismatch
+        raise kind(
             f"{source.store.locate(bad[0].key)}: {bad[0].why[0]}; nothing was written, restore the file"
             + (f" ({len(bad)} files are damaged)" if len(bad) > 1 else "")
         )
@@ -297,7 +309,7 @@ def _against(
             report.tensors += len(group)
             yield [Target(c.tensor, c.pieces, CompareSink(checkpoint.store, c.stored, found), 0, 2) for c in group]
 
-    arena = _arena(limit, max(1, len(checkpoint.ranks)), CompareSink.staging)
+    arena = _arena(limit, _least(len(checkpoint.ranks), CompareSink.staging))
     report.bytes += _run(groups(), other.store, arena, concurrency, progress, total)
     rank_of = {file.key: file.rank for file in checkpoint.files}
     names = {(file.key, e.offset): e.name for file in checkpoint.files for e in file.header.entries if e.nbytes}
@@ -413,9 +425,7 @@ def _one(
 def _recipe_for(checkpoint: Checkpoint, other: Source) -> Manifest:
     """The recipe of shards without a manifest, from the very model that they shall be compared with."""
     made = sources.infer(checkpoint)
-    if other.origin is not None:
-        return made
-    layout = vllm.for_config(other.config)
+    layout = sources.layout_of(other)
     head, embed = layout.family.tied
     both = {head, embed} <= set(checkpoint.held(0))  # the engine held them apart: then they are stored apart
     equal = (lambda _a, _b: False) if both else sources.equal_in(other, memoryview(bytearray(1 << 20)))

@@ -20,10 +20,10 @@ from heapq import merge
 from itertools import groupby
 from typing import Any
 
-from shardtool import manifest, schedule
+from shardtool import digest, manifest, schedule
 from shardtool.budget import Arena, default_limit
 from shardtool.engine import Progress, execute
-from shardtool.errors import AlreadyExists, BudgetTooSmall, NotFound, PlanError, UsageError
+from shardtool.errors import AlreadyExists, BudgetTooSmall, FormatError, NotFound, PlanError, UsageError
 from shardtool.header import sort_key
 from shardtool.manifest import FileRecord
 from shardtool.mosaic import resolve
@@ -44,6 +44,8 @@ DEPTH = 3
 MAX_RECORD = 256 << 20
 CONCURRENCY = 8
 JOB = "job.json"
+_DAMAGED = (NotFound, FormatError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What reading a record raises that is not whole, or gone because another worker has committed."""
 
 
 @dataclass(frozen=True)
@@ -145,16 +147,17 @@ def _order(placed: _Placed) -> tuple[int, str]:
 
 @dataclass(frozen=True, slots=True)
 class _Memory:
-    """How a limit is divided: slots in which uploads gather their parts, and the arena."""
+    """How a limit is divided: slots in which uploads gather their parts, what writers hold, and the arena."""
 
     limit: int
     slots: int
     unit: int
+    held: int
     least: int
 
     @property
     def arena(self) -> int:
-        return self.limit - self.slots * self.unit
+        return self.limit - self.slots * self.unit - self.held
 
     @property
     def want(self) -> int:
@@ -166,7 +169,8 @@ def _memory(job: Job, files: Sequence[tuple[int, File]], to: Store, limit: int |
     units = max((to.unit(file.size) for _, file in files), default=0)
     slots = max((len(wave) for wave in _waves(files)), default=0) if units else 0
     floor = max((_least(wave) for wave in _waves(files)), default=0)
-    least = floor + slots * units
+    held = max((sum(to.held(file.size) for file in wave) for wave in _waves(files)), default=0)
+    least = floor + slots * units + held
     if limit is None:
         limit = max(default_limit(), least)
     elif limit == -1:
@@ -179,7 +183,7 @@ def _memory(job: Job, files: Sequence[tuple[int, File]], to: Store, limit: int |
             f"({show_size(least)}) would do",
             needed=least,
         )
-    return _Memory(limit, slots, units, least)
+    return _Memory(limit, slots, units, held, least)
 
 
 def _least(wave: Sequence[File]) -> int:
@@ -188,20 +192,18 @@ def _least(wave: Sequence[File]) -> int:
     return sum(-(-n // schedule.ALIGN) * schedule.ALIGN for n in tensors) + schedule.FLOOR + schedule.ALIGN
 
 
-def _steps(
-    files: Sequence[tuple[int, File]], catalog: Catalog, sinks: Mapping[str, FileSink], memory: _Memory
-) -> Iterator[Step]:
-    for wave in _waves(files):
-        yield from schedule.steps(
-            _groups(wave, catalog, sinks), limit=memory.arena, want=memory.want, longest=min(READ, memory.want)
-        )
+def _steps(wave: Sequence[File], catalog: Catalog, sinks: Mapping[str, FileSink], memory: _Memory) -> Iterator[Step]:
+    longest = min(READ, memory.want)
+    return schedule.steps(_groups(wave, catalog, sinks), limit=memory.arena, want=memory.want, longest=longest)
 
 
 def summary(job: Job, to: Store, *, memory_limit: int | None, ranks: Sequence[int] | None = None) -> Summary:
     """What the job will write and read, and the memory that it needs. Plans every step; moves nothing."""
     files = job.of_ranks(ranks)
     memory = _memory(job, files, to, memory_limit)
-    reads = sum(read.nbytes for step in _steps(files, job.catalog, {}, memory) for read in step.reads)
+    reads = sum(
+        read.nbytes for wave in _waves(files) for step in _steps(wave, job.catalog, {}, memory) for read in step.reads
+    )
     return _summary(job, files, memory, reads)
 
 
@@ -255,7 +257,7 @@ def _finished(job: Job, files: Sequence[tuple[int, File]], memory: _Memory, kept
 
 
 def _told(progress: Callable[[int, int], None] | None, done: int, total: int) -> Progress | None:
-    """Adds up what has been done; called by many threads, where a lost update would only be a late one."""
+    """Adds up what has been done."""
     if progress is None:
         return None
     so_far = [done]
@@ -277,19 +279,23 @@ def _write(
     read = 0
 
     def published(record: FileRecord) -> None:
-        to.put(job.prefix + record.key + ".json", json.dumps(record.to_json()).encode())
+        to.put(_record_key(job, record.key), _sealed(record))
 
     for part, file in left:
         sinks[file.key] = FileSink(file, part, to, published, slots)
 
-    def counted() -> Iterator[Step]:
+    def counted(wave: Sequence[File]) -> Iterator[Step]:
         nonlocal read
-        for step in _steps(left, job.catalog, sinks, memory):
+        for step in _steps(wave, job.catalog, sinks, memory):
             read += sum(r.nbytes for r in step.reads)
             yield step
 
     try:
-        execute(counted(), job.source, Arena(memory.arena), readers=readers, progress=progress, stop=slots.stop)
+        arena = Arena(memory.arena)
+        for wave in _waves(
+            left
+        ):  # a part is durable before the next begins, so that a killed run loses one part at most
+            execute(counted(wave), job.source, arena, readers=readers, progress=progress, stop=slots.stop)
         for sink in sinks.values():
             if not sink.file.data_size:
                 sink.open()
@@ -311,6 +317,8 @@ def _begin(job: Job, to: Store, *, overwrite: bool) -> set[str] | None:
     except NotFound:
         found = {}
     if job.committed(to) and all(found.get(file.key) == file.size for _, file in job.files) and not overwrite:
+        if any(key.startswith(job.prefix) for key in found):  # a run was killed between its commit and its end
+            _tidy(job, to)
         return None
     own = job.prefix + JOB in found
     if overwrite and not own:
@@ -328,15 +336,57 @@ def _begin(job: Job, to: Store, *, overwrite: bool) -> set[str] | None:
     if found and not own:
         raise PlanError(f"{to.uri} is not empty (it holds {min(found)}): use --overwrite or another --output")
     if not own:
-        to.put(job.prefix + JOB, json.dumps({"what": job.what, "fingerprint": job.fingerprint}).encode())
+        _announce(job, to)
     return {record.key for record in _records(job, to) if found.get(record.key) == record.size}
 
 
 def _clear(job: Job, to: Store, found: Mapping[str, int]) -> None:
     """Remove what an older checkpoint left: its mark first, then its files. Files of other kinds stay."""
-    for key in (manifest.KEY, *sorted(found)):
-        if key in found and (key == manifest.KEY or key.startswith(manifest.PRIVATE) or job.stale(key)):
+    own = _listed(to) if manifest.KEY in found else set()
+    for key in sorted(found, key=lambda key: (key != manifest.KEY, not key.endswith(".index.json"), key)):
+        if key in own or key == manifest.KEY or key.startswith(manifest.PRIVATE) or job.stale(key):
             to.delete(key)
+
+
+def _announce(job: Job, to: Store) -> None:
+    """Say whose job this output is."""
+    to.put(job.prefix + JOB, json.dumps({"what": job.what, "fingerprint": job.fingerprint}).encode())
+
+
+def _tidy(job: Job, to: Store) -> None:
+    """Remove the records of a committed job. Announcing it first makes the store sweep what a killed run left there."""
+    _announce(job, to)
+    for thing in list(to.list(job.prefix)):
+        to.delete(thing.key)
+
+
+def _record_key(job: Job, key: str) -> str:
+    """Where the record of a file is while the job lasts."""
+    return f"{job.prefix}{key}.json"
+
+
+def _sealed(record: FileRecord) -> bytes:
+    """A record as it is kept, with a digest: a damaged one must not become part of a manifest."""
+    text = json.dumps(record.to_json())
+    return json.dumps({"record": text, "digest": digest.of_bytes(text.encode())}).encode()
+
+
+def _unsealed(data: bytes) -> FileRecord:
+    """The record. Raises the built-in errors of wrong shapes where it is damaged."""
+    kept = json.loads(data)
+    text = kept["record"]
+    if digest.of_bytes(text.encode()) != kept["digest"]:
+        raise ValueError("the record differs from its digest")
+    return FileRecord.from_json(json.loads(text))
+
+
+def _listed(to: Store) -> set[str]:
+    """The shards of the checkpoint that is there, whatever their names. One that cannot be read lists none."""
+    try:
+        made = manifest.decode(to.get(manifest.KEY, limit=manifest.MAX_BYTES), to.locate(manifest.KEY))
+    except (NotFound, FormatError):
+        return set()
+    return {file.key for file in made.files if file.key.endswith(".safetensors")}
 
 
 def _records(job: Job, to: Store) -> list[FileRecord]:
@@ -346,22 +396,25 @@ def _records(job: Job, to: Store) -> list[FileRecord]:
         if thing.key == job.prefix + JOB:
             continue
         try:
-            found.append(FileRecord.from_json(json.loads(to.get(thing.key, limit=MAX_RECORD))))
-        except (NotFound, ValueError, KeyError, TypeError):  # another worker has committed, or the record is not whole
+            record = _unsealed(to.get(thing.key, limit=MAX_RECORD))
+        except _DAMAGED:
             continue
+        if thing.key == _record_key(job, record.key):
+            found.append(record)
     return found
 
 
 def _commit(job: Job, to: Store) -> bool:
-    """Commit if every file has its record. Losing to an identical commit is success."""
-    records = {record.key: record for record in _records(job, to)}
-    if not all(file.key in records for _, file in job.files):
-        return job.committed(to)  # another worker may have done it and removed the records
-    try:
-        job.commit(to, [records[file.key] for _, file in job.files])
-    except AlreadyExists:
-        if not job.committed(to):
-            raise
-    for thing in list(to.list(job.prefix)):
-        to.delete(thing.key)
+    """Commit if every file is there with its record. Losing to an identical commit is success."""
+    sizes = {thing.key: thing.size for thing in to.list()}
+    records = {record.key: record for record in _records(job, to) if sizes.get(record.key) == record.size}
+    if all(file.key in records for _, file in job.files):
+        try:
+            job.commit(to, [records[file.key] for _, file in job.files])
+        except AlreadyExists:
+            if not job.committed(to):
+                raise
+    elif not job.committed(to):  # if it is, another worker has done it and removed the records
+        return False
+    _tidy(job, to)
     return True

@@ -159,6 +159,10 @@ class Store(ABC):
         """The ``Writer.unit`` of an object of ``size`` bytes, to plan memory before anything is created."""
         return 0
 
+    def held(self, size: int) -> int:
+        """Bytes of memory that the ``Writer`` of an object of ``size`` bytes takes for itself, to plan memory too."""
+        return 0
+
     def close(self) -> None:  # noqa: B027 - a store without resources need not override it
         """Give back connections and files."""
 

@@ -116,6 +116,10 @@ class FaultyStore(Store):
         """Pass on."""
         return self.inner.unit(size)
 
+    def held(self, size: int) -> int:
+        """Pass on."""
+        return self.inner.held(size)
+
     def close(self) -> None:
         """Close the inner store."""
         self.inner.close()

@@ -20,7 +20,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -35,6 +35,7 @@ _LEAST_PART = 5 * _MIB
 _LARGEST_PART = 4 << 30  # the protocol's limit is 5 GiB
 _PARTS = 9000  # the protocol's limit is 10,000
 _PIECE = _MIB // 4  # read from the connection at once: stays in the processor's cache
+_HASHED = 64 << 10
 _WRITER = "shardtool-writer"  # metadata by which a writer knows its own object again
 
 T = TypeVar("T")
@@ -113,6 +114,10 @@ class S3Store(Store):
     def unit(self, size: int) -> int:
         """0 for what goes in one request, otherwise the least part with which the parts suffice, in whole MiB."""
         return 0 if size <= _SMALL else max(_LEAST_PART, -(-size // (_PARTS * _MIB)) * _MIB)
+
+    def held(self, size: int) -> int:
+        """What goes in one request is gathered in memory first."""
+        return size if size <= _SMALL else 0
 
     def close(self) -> None:
         """Close the connections."""
@@ -200,7 +205,7 @@ class S3Store(Store):
                 self._ask(key, "put_object", Body=data, IfNoneMatch="*")
             except AlreadyExists as error:
                 repeated = repeated or answer(error.__cause__ or error)[2] > 0
-                if repeated and self.get(key, limit=_SMALL) == data:
+                if repeated and self.stat(key).size == len(data) and self.get(key, limit=len(data)) == data:
                     return
                 raise
             except Unavailable:
@@ -229,10 +234,10 @@ class _SmallWriter(CheckedWriter):
         self._store = store
         self._key = key
         self._exclusive = exclusive
-        self._data = bytearray()
+        self._data = bytearray(size)
 
     def _write(self, data: memoryview) -> None:
-        self._data += data
+        self._data[self._written : self._written + len(data)] = data
 
     def _commit(self) -> None:
         if self._exclusive:
@@ -312,15 +317,25 @@ class _Body(io.RawIOBase):
         return len(piece)
 
     def read(self, size: int = -1) -> bytes:
-        piece = self._data[self._at :] if size < 0 else self._data[self._at : self._at + size]
+        # Less than what was asked for: eight threads that hash megabytes at a time cost as many megabytes of heap.
+        piece = self._data[self._at :] if size < 0 else self._data[self._at : self._at + min(size, _HASHED)]
         self._at += len(piece)
         return bytes(piece)
+
+
+@cache
+def _models(path: str | None) -> Any:
+    """What botocore knows of its services, read once for all clients: 12 MiB."""
+    from botocore.loaders import create_loader
+
+    return create_loader(path)
 
 
 def _client(where: str, *, attempts: int) -> Any:
     """A client for many threads, as boto3's settings want it, but for what servers other than Amazon's stumble on."""
     try:
         import boto3.session
+        import botocore.session
         from botocore.config import Config
         from botocore.exceptions import BotoCoreError
     except ModuleNotFoundError as error:
@@ -342,7 +357,9 @@ def _client(where: str, *, attempts: int) -> Any:
         )
 
     try:
-        session = boto3.session.Session()
+        core = botocore.session.Session()
+        core.register_component("data_loader", _models(core.get_config_variable("data_path")))
+        session = boto3.session.Session(botocore_session=core)
         client = made()
         # A name such as bucket.localhost rarely resolves, so other servers find the bucket in the path.
         host = urlsplit(client.meta.endpoint_url).hostname or ""
