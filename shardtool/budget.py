@@ -18,8 +18,9 @@ from threading import Condition
 from shardtool.errors import BudgetTooSmall
 
 HUGE = 2 << 20
-DEFAULT_MOST = 4 << 30
-"""Bytes that a run takes if it is not told: half of what is free, and no more than this."""
+DEFAULT_MOST = 256 << 20
+"""Bytes that a run takes if it is not told: half of what is free, and no more than this, which is enough to keep disks
+and processors busy. Memory that is reused is in cache; more of it is slower."""
 
 
 class Stopped(Exception):

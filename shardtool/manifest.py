@@ -225,6 +225,9 @@ def _canonical(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":"), sort_keys=True, ensure_ascii=False).encode()
 
 
+_HEX = re.compile(r"[0-9a-f]+")
+
+
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is not a text")
@@ -244,7 +247,7 @@ def _size(value: Any) -> int:
 
 
 def _hex(value: Any, digits: int) -> str:
-    if not isinstance(value, str) or not re.fullmatch(rf"[0-9a-f]{{{digits}}}", value):
+    if not isinstance(value, str) or len(value) != digits or not _HEX.fullmatch(value):
         raise ValueError(f"{value!r} is not a digest of {digits} digits")
     return value
 

@@ -67,22 +67,18 @@ def start(
     operation: str,
     *args: Any,
     kill: At | None = None,
-    file_size: int | None = None,
-    environ: dict[str, str] | None = None,
     **kwargs: Any,
 ) -> subprocess.Popen[str]:
-    """Start a child. ``file_size``: bytes that a file of it may have (RLIMIT_FSIZE)."""
+    """Start a child that performs an operation."""
     job = {
         "operation": operation,
         "args": [os.fspath(a) for a in args],
         "kwargs": {k: os.fspath(v) if isinstance(v, Path) else v for k, v in kwargs.items()},
         "kill": dataclasses.asdict(kill) if kill else {},
-        "file_size": file_size,
     }
     return subprocess.Popen(
         [sys.executable, "-W", "error", "-m", "tests.processes", json.dumps(job)],
         cwd=ROOT,
-        env=os.environ | (environ or {}),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -110,24 +106,18 @@ def run(operation: str, *args: Any, **options: Any) -> Outcome:
     return finish(start(operation, *args, **options))
 
 
-def cli(
-    *args: Any, file_size: int | None = None, environ: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """The command line, as people start it."""
+def cli(*args: Any, file_size: int | None = None, mortal: bool = False) -> subprocess.CompletedProcess[str]:
+    """The command line, as people start it. ``mortal``: without root's power to ignore permissions."""
 
     def limit() -> None:
         if file_size is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
 
+    command = [sys.executable, "-W", "error", "-m", "shardtool", *map(os.fspath, args)]
+    if mortal and os.geteuid() == 0:
+        command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *command]
     return subprocess.run(
-        [sys.executable, "-W", "error", "-m", "shardtool", *map(os.fspath, args)],
-        cwd=ROOT,
-        env=os.environ | (environ or {}),
-        text=True,
-        capture_output=True,
-        timeout=TIMEOUT,
-        check=False,
-        preexec_fn=limit,
+        command, cwd=ROOT, text=True, capture_output=True, timeout=TIMEOUT, check=False, preexec_fn=limit
     )
 
 
@@ -210,8 +200,6 @@ def _main(text: str) -> None:
 
     job = json.loads(text)
     operation, args, kwargs = job["operation"], job["args"], job["kwargs"]
-    if job["file_size"] is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_size"],) * 2)
     call = _imported(operation, args)
     watch = _Watch(job["kill"])
     sys.addaudithook(watch.hook)

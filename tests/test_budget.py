@@ -231,6 +231,6 @@ def test_what_is_available_is_some_memory_and_not_more_than_the_machine_has():
 
 
 def test_a_run_that_is_told_nothing_takes_half_of_what_is_free_within_bounds(monkeypatch: pytest.MonkeyPatch):
-    for free, limit in ((0, 64 << 20), (1 << 30, 1 << 29), (1 << 40, 4 << 30)):
+    for free, limit in ((0, 64 << 20), (300 << 20, 150 << 20), (1 << 40, 256 << 20)):
         monkeypatch.setattr(budget, "available", lambda free=free: free)
         assert default_limit() == limit

@@ -61,7 +61,7 @@ def test_every_flag_explains_itself_and_stands_in_the_document(name):
 
 
 def test_the_defaults_that_help_tells_are_those_of_the_operations():
-    from shardtool import pattern
+    from shardtool import budget, pattern
     from shardtool.ops import load, merge, save, write
     from shardtool.units import parse_size
 
@@ -71,6 +71,8 @@ def test_the_defaults_that_help_tells_are_those_of_the_operations():
 
     assert parse_size(told("save", "--max-part-size"), "") == save.PART_SIZE
     assert parse_size(told("merge", "--max-part-size"), "") == merge.FILE_SIZE
+    most = told("save", "--memory-limit").removeprefix("half of what is free, ").removesuffix(" at most")
+    assert parse_size(most, "") == budget.DEFAULT_MOST
     assert told("save", "--pattern") == told("reshard", "--pattern") == pattern.DEFAULT
     assert [told(name, "--concurrency") for name in ("save", "load")] == [str(write.CONCURRENCY), str(load.CONCURRENCY)]
 

@@ -248,7 +248,7 @@ def test_a_manifest_that_says_nonsense_never_breaks_a_reader(seed: int, tmp_path
             made = decode(data, "here")
         except ShardtoolError:
             continue
-        assert decode(made.encode(), "here") == made or path[0] in ("files", "source")
+        assert decode(made.encode(), "here") == made
         with places() as place:
             uri = put(place("shards"), {**FILES, "shardtool.json": data})
             for operation in (
@@ -263,7 +263,7 @@ def test_a_manifest_that_says_nonsense_never_breaks_a_reader(seed: int, tmp_path
                 except ShardtoolError:
                     pass
                 except Exception as error:
-                    import traceback; print("FUZZ", path, repr(error)[:120], traceback.extract_tb(error.__traceback__)[-1][:3])
+                    raise AssertionError(f"{path}: {error!r}") from error
     assert not list(tmp_path.iterdir())
 
 

@@ -92,7 +92,7 @@ def resources(readers: int) -> Callable[[F], F]:
             "--memory-limit",
             metavar="SIZE",
             help="Memory to use at most, for example 512MiB; -1 is no limit, 0 the least that does."
-            "  [default: half of what is free, 4GiB at most]",
+            "  [default: half of what is free, 256MiB at most]",
         ),
         click.option("--concurrency", type=int, metavar="N", help=f"Reads under way at once.  [default: {readers}]"),
     )

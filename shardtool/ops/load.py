@@ -247,7 +247,8 @@ def _items(checkpoint: Checkpoint, rank: int | None, *, verify: bool) -> list[_I
     """
     records = {record.key: record for record in checkpoint.manifest.files} if checkpoint.manifest else {}
     if rank is not None and rank not in checkpoint.ranks:
-        raise NotFound(f"{checkpoint.uri} has no rank {rank}")
+        whole = " (its tensors are whole, of no rank)" if checkpoint.kind == "huggingface" else ""
+        raise NotFound(f"{checkpoint.uri} has no rank {rank}{whole}; leave the rank out or name one that it has")
     entries = checkpoint.entries(rank)
     chunks: dict[str, tuple[str, ...]] = {}
     if verify:

@@ -53,7 +53,7 @@ def merge(
     if source.origin is None:
         raise PlanError(f"{source.uri} is not sharded; there is nothing to merge")
     if verify and not dry_run:
-        check_input(source, memory_limit=limit, concurrency=concurrency)
+        check_input(source, memory_limit=limit, concurrency=concurrency, progress=progress)
     with open_store(os.fspath(output)) as to:
         job = plan(source, source.origin, parse_size(max_part_size, "--max-part-size"))
         if dry_run:

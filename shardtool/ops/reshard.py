@@ -41,7 +41,7 @@ def reshard(
     if source.origin is None:
         raise PlanError(f"{source.uri} is not sharded; use shardtool save")
     if verify and not dry_run:
-        check_input(source, memory_limit=limit, concurrency=concurrency)
+        check_input(source, memory_limit=limit, concurrency=concurrency, progress=progress)
     return convert(
         source,
         os.fspath(output),

@@ -111,7 +111,7 @@ def verify(
     except FormatError as error:
         return Report(uri, "unknown", "structure", [FileCheck(structure.WHOLE, why=[str(error)])])
     report = Report(uri, checkpoint.kind, "structure")
-    made = _structure(checkpoint, report, quick=quick)
+    made = _structure(checkpoint, report, quick=quick, compared=against is not None)
     if checkpoint.manifest is not None and made is not None:
         report.files, files = structure.check_files(checkpoint, made)
         report.files += structure.check_side_files(checkpoint, made, digests=not quick)
@@ -128,7 +128,7 @@ def verify(
     return report
 
 
-def _structure(checkpoint: Checkpoint, report: Report, *, quick: bool) -> Manifest | None:
+def _structure(checkpoint: Checkpoint, report: Report, *, quick: bool, compared: bool) -> Manifest | None:
     """The recipe to go by: the manifest's, or one inferred for shards without a manifest."""
     if checkpoint.manifest is not None:
         return checkpoint.manifest
@@ -147,7 +147,7 @@ def _structure(checkpoint: Checkpoint, report: Report, *, quick: bool) -> Manife
         report.files = [FileCheck(file.key, file.size) for file in checkpoint.files]
         checkpoint.entries()
     report.tensors = sum(len(file.header.entries) for file in checkpoint.files)
-    if not quick:
+    if not quick and not compared:
         report.notes.append("there is no manifest, so that there are no digests to check")
     return made
 
@@ -259,7 +259,9 @@ def _unlike(record: FileRecord, file: WeightFile, found: Sequence[digest.TensorD
     return troubles
 
 
-def check_input(source: Source, *, memory_limit: int | None, concurrency: int | None) -> None:
+def check_input(
+    source: Source, *, memory_limit: int | None, concurrency: int | None, progress: Told = None
+) -> None:
     """Check the digests of shards that are about to be converted.
 
     Raises ``ChecksumMismatch`` that names the first damage.
@@ -271,7 +273,7 @@ def check_input(source: Source, *, memory_limit: int | None, concurrency: int | 
     report = Report(source.uri, "sharded", "digests")
     report.files, files = structure.check_files(checkpoint, origin)
     report.files += structure.check_side_files(checkpoint, origin, digests=True)
-    _digests(source.store, files, origin, report, memory_limit, concurrency, None)
+    _digests(source.store, files, origin, report, memory_limit, concurrency, progress)
     own = {structure.WHOLE, *(record.key for record in origin.files), *(side.key for side in origin.side_files)}
     bad = [check for check in report.files if not check.ok and check.key in own]  # foreign files are not read
     if bad:

@@ -14,6 +14,7 @@ commit is one small object, written last.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import merge
@@ -33,17 +34,18 @@ from shardtool.sinks.file import FileSink, Slots
 from shardtool.stores.base import Store
 from shardtool.units import show_size
 
-STEP = 64 << 20
+STEP = 32 << 20
 """Bytes of a step's block that are enough."""
 READ = 8 << 20
 """Bytes of one read at most."""
 UNLIMITED = 1 << 30
-"""Bytes that a run without a limit takes; more does not make it faster."""
+"""Bytes that a run takes at most, whatever it may; more does not make it faster."""
 DEPTH = 3
 """Steps that should be under way at once."""
 MAX_RECORD = 256 << 20
 CONCURRENCY = 8
 JOB = "job.json"
+_NUMBER = re.compile(r"[0-9]{1,18}")
 _DAMAGED = (NotFound, FormatError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """What reading a record raises that is not whole, or gone because another worker has committed."""
 
@@ -111,7 +113,7 @@ def split_parts(sizes: Mapping[str, int], most: int) -> dict[str, int]:
 
 def natural(name: str) -> tuple[tuple[int, int, str], ...]:
     """A sort key in which numbers between dots count as numbers."""
-    return tuple((0, int(part), "") if part.isascii() and part.isdigit() else (1, 0, part) for part in name.split("."))
+    return tuple((0, int(part), "") if _NUMBER.fullmatch(part) else (1, 0, part) for part in name.split("."))
 
 
 def _waves(files: Iterable[tuple[int, File]]) -> Iterator[list[File]]:
@@ -157,7 +159,7 @@ class _Memory:
 
     @property
     def arena(self) -> int:
-        return self.limit - self.slots * self.unit - self.held
+        return min(self.limit - self.slots * self.unit - self.held, UNLIMITED)
 
     @property
     def want(self) -> int:
@@ -292,9 +294,8 @@ def _write(
 
     try:
         arena = Arena(memory.arena)
-        for wave in _waves(
-            left
-        ):  # a part is durable before the next begins, so that a killed run loses one part at most
+        for wave in _waves(left):
+            # A part is durable before the next begins, so that a killed run loses one part at most.
             execute(counted(wave), job.source, arena, readers=readers, progress=progress, stop=slots.stop)
         for sink in sinks.values():
             if not sink.file.data_size:

@@ -59,6 +59,7 @@ class LocalStore(Store):
         self._files = _OpenFiles(open_files)
         self._sweeping = threading.Lock()
         self._swept = False
+        self._begun: set[str] = set()  # names of temporary files that are neither published nor dropped
         if os.path.exists(self._root) and not os.path.isdir(self._root):
             raise UsageError(f"{self.uri} is a file: name the folder that it lies in")
 
@@ -117,8 +118,14 @@ class LocalStore(Store):
                 folder = os.path.dirname(folder)
 
     def close(self) -> None:
-        """Close the files that are kept open for reading; the store can still be used."""
+        """Close the files that are kept open for reading, and drop what was begun but neither committed nor aborted.
+
+        An interrupt can come between the making of a file and whoever would abort it. The store can still be used.
+        """
         self._files.close()
+        for name in list(self._begun):
+            self._forget(name)
+        self._tidy()
 
     def _path(self, key: str) -> str:
         check_key(key)
@@ -158,11 +165,12 @@ class LocalStore(Store):
             name = f"{secrets.token_hex(16)}.tmp"
             path = os.path.join(folder, name)
             _writing.add(name)
+            self._begun.add(name)
             try:
                 _make_folders(folder)
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            except BaseException:
-                _writing.discard(name)
+            except OSError:
+                self._forget(name)
                 raise
             # A file system without locks still works: nothing can be locked there for sweeping either.
             with contextlib.suppress(OSError):
@@ -171,10 +179,17 @@ class LocalStore(Store):
                 return fd, path
             # Another process swept the file in the moment before it was locked.
             os.close(fd)
-            _writing.discard(name)
+            self._forget(name)
             return None
 
         return _insistently(attempt)
+
+    def _forget(self, name: str) -> None:
+        """Remove a temporary file."""
+        with contextlib.suppress(OSError):
+            os.unlink(os.path.join(self._root, _TEMPORARY, name))
+        self._begun.discard(name)
+        _writing.discard(name)
 
     def _tidy(self) -> None:
         """Remove the folders for temporary files if nobody uses them."""
@@ -247,10 +262,8 @@ class _LocalWriter(CheckedWriter):
         self._discard()
 
     def _discard(self) -> None:
-        with contextlib.suppress(OSError):
-            os.unlink(self._temporary)
+        self._store._forget(os.path.basename(self._temporary))
         os.close(self._fd)
-        _writing.discard(os.path.basename(self._temporary))
         self._store._tidy()
 
 
