@@ -150,10 +150,17 @@ def available() -> int:
     ):
         try:
             with open(most, encoding="ascii") as a, open(used, encoding="ascii") as b:
-                free = min(free, max(0, int(a.read()) - int(b.read())))
+                taken = int(b.read()) - _evictable(os.path.dirname(used))
+                free = min(free, max(0, int(a.read()) - taken))
         except (OSError, ValueError):  # no such group, or "max"
             continue
     return free
+
+
+def _evictable(group: str) -> int:
+    """Bytes of the page cache that a control group is charged for and gives up when it needs memory."""
+    with open(f"{group}/memory.stat", encoding="ascii") as lines:
+        return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
 
 
 def default_limit() -> int:

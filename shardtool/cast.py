@@ -52,7 +52,9 @@ def _encode(values: NDArray[np.generic], to: DType) -> NDArray[np.generic]:
         return single.astype(np.float16)
     bits = single.view(np.uint32)
     rounded = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)
-    return np.where(np.isnan(single), np.uint32(0x7FC0), rounded).astype(np.uint16)
+    # Rounding could turn a NaN into an infinity: it is cut off and made quiet, unless its bits all survive.
+    quiet = np.where(bits & np.uint32(0xFFFF), np.uint32(0x40), np.uint32(0))
+    return np.where(np.isnan(single), bits >> np.uint32(16) | quiet, rounded).astype(np.uint16)
 
 
 def decode(src: NDArray[np.generic], of: DType) -> NDArray[np.generic]:

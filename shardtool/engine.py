@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from shardtool.budget import Arena, Block, Stopped
 from shardtool.cast import cast_into
-from shardtool.dtypes import DType
+from shardtool.dtypes import FLOATS, DType
+from shardtool.errors import UnsupportedTransform
 from shardtool.schedule import Copy, Read, Step, Tile
 from shardtool.stores.base import Store
 
@@ -193,10 +194,11 @@ def fill(room: memoryview, dtype: DType, value: float) -> None:
     """Every element of a tile set to one value."""
     count = len(room) // dtype.itemsize
     target = elements(room, dtype, 0, (count,), (1,))
-    target.fill(_bfloat16(value) if dtype is DType.BF16 else value)
-
-
-def _bfloat16(value: float) -> np.uint16:
-    bits = np.zeros(1, np.uint16)
-    cast_into(bits, DType.BF16, np.full(1, value, np.float32), DType.F32)
-    return np.uint16(bits[0])
+    if dtype in FLOATS:
+        one = np.zeros(1, dtype.numpy)
+        cast_into(one, dtype, np.full(1, value, np.float64), DType.F64)
+        target.fill(one[0])
+    elif value == 0 or (not dtype.name.startswith("F") and value == value // 1):
+        target.fill(int(value))
+    else:
+        raise UnsupportedTransform(f"elements of {dtype.name} cannot be filled with {value}")

@@ -2,7 +2,7 @@
 
 A file is: 8 bytes of header length (little endian), the header (JSON, padded with spaces), the tensors' bytes
 without holes. Ours holds the tensors in safetensors' own order (dtype descending, then name); its padding makes the
-first tensor of 1 MiB or more start on a multiple of 4096 bytes.
+first tensor of 1 MiB or more start on a multiple of 4096 bytes (not if what lies before it is no multiple of 8).
 """
 
 from __future__ import annotations

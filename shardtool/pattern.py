@@ -58,7 +58,7 @@ def _digits(width: str) -> str:
     Filled up with zeros if the width starts with one, or spaces.
     """
     if not width:
-        return r"\d+"
+        return r"0|[1-9]\d*"
     n = int(width)
     spaced = [] if width.startswith("0") else [rf" {{{k}}}\d{{{n - k}}}" for k in range(1, n)]
     return "|".join([rf"\d{{{n},}}", *spaced])
@@ -115,7 +115,6 @@ def check_names(
     store, where engines match ``*`` + pattern against the whole key, sub-folders and prefixes included.
     """
     owner: dict[str, tuple[int, int]] = {}
-    lowered: dict[str, str] = {}
     for tp_rank, pp_rank in ranks:
         for part in range(parts):
             key = pattern.key(tp_rank, part, pp_rank)
@@ -124,10 +123,7 @@ def check_names(
                     f"--pattern {pattern.text!r} gives two files the name {key}; add {{part}} and the ranks, "
                     f"or use fewer parts"
                 )
-            if other := lowered.get(key.lower()):
-                raise PlanError(f"--pattern {pattern.text!r} gives names that differ only in case: {other} and {key}")
             owner[key] = (tp_rank, pp_rank)
-            lowered[key.lower()] = key
     for key in taken:
         if key in owner:
             raise PlanError(f"--pattern {pattern.text!r} gives a shard the name of the side file {key}")

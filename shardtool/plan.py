@@ -74,7 +74,7 @@ Catalog = Mapping[str, Tensor]
 
 
 def whole(name: str, stored: Stored) -> Tensor:
-    """The mosaic of one: a stored tensor under a name. Types narrower than a byte are taken byte by byte."""
+    """The mosaic of one: a stored tensor under a name."""
 
     def pieces() -> tuple[Piece, ...]:
         window = row_major(stored.shape)

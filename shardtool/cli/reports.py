@@ -177,7 +177,7 @@ class Verified:
         if wants_json:
             display.as_json(self.to_json())
             return
-        display.out(*(_checked(file) for file in report.files if not (quiet and file.ok)))
+        display.out(*(line for file in report.files if not (quiet and file.ok) for line in _checked(file)))
         display.out(*(_differs(one) for one in report.differences))
         if not (quiet and report.ok):
             display.out(self._result())
@@ -199,11 +199,12 @@ class Verified:
         return f"{report.uri}: FAILED ({looked}; {bad} failed{differ})"
 
 
-def _checked(file: FileCheck) -> str:
+def _checked(file: FileCheck) -> list[str]:
+    """One line for a file, or one for each thing that is wrong with it."""
     if file.ok:
-        return f"{file.key}: OK"
-    more = f"; and {len(file.why) - SHOWN} more" if len(file.why) > SHOWN else ""
-    return f"{file.key}: FAILED ({'; '.join(file.why[:SHOWN])}{more})"
+        return [f"{file.key}: OK"]
+    lines = [f"{file.key}: FAILED ({why})" for why in file.why[:SHOWN]]
+    return lines + [f"{file.key}: FAILED (and {more} more)" for more in [len(file.why) - SHOWN] if more > 0]
 
 
 def _differs(one: TensorDifference) -> str:

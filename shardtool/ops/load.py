@@ -150,7 +150,7 @@ def load_into(
     tensors = {name: tensor for name, tensor in given.items() if isinstance(tensor, torch.Tensor)}
     checkpoint = _opened(os.fspath(uri), rank, pattern)
     items = _items(checkpoint, _rank(checkpoint, rank), verify=verify)
-    _check_fit(items, tensors, checkpoint.uri)
+    _check_fit(items, tensors, checkpoint)
     with torch.no_grad():
         for _ in _stream(checkpoint, items, _Given(tensors), concurrency, memory_limit, progress):
             pass
@@ -232,6 +232,8 @@ def _rank(checkpoint: Checkpoint, rank: int | None) -> int | None:
     """The rank to load: the only one, if none was said."""
     ranks = checkpoint.ranks
     if not ranks:
+        if rank is not None:
+            raise NotFound(f"{checkpoint.uri} has no rank {rank}: its tensors are whole, leave the rank out")
         return None
     if rank is None:
         if len(ranks) > 1:
@@ -271,8 +273,9 @@ def _items(checkpoint: Checkpoint, rank: int | None, *, verify: bool) -> list[_I
     return found
 
 
-def _check_fit(items: list[_Item], tensors: Mapping[str, torch.Tensor], uri: str) -> None:
-    filled = set()
+def _check_fit(items: list[_Item], tensors: Mapping[str, torch.Tensor], checkpoint: Checkpoint) -> None:
+    uri = checkpoint.uri
+    filled: dict[tuple[int, torch.device], _Item] = {}
     for item in items:
         tensor = tensors.get(item.name)
         if tensor is None:
@@ -286,11 +289,35 @@ def _check_fit(items: list[_Item], tensors: Mapping[str, torch.Tensor], uri: str
                 f"{tensor.dtype} {list(tensor.shape)}; "
                 "nothing was written"
             )
-        filled.add((tensor.data_ptr(), tensor.device))
+        if not tensor.numel():
+            continue
+        other = filled.setdefault((tensor.data_ptr(), tensor.device), item)
+        if other is not item and tensor.device.type != "meta" and not _equal(checkpoint, item, other):
+            raise TensorMismatch(
+                f"{uri}: {item.name!r} and {other.name!r} differ, but they share their memory in the target (tied "
+                "weights); nothing was written"
+            )
     names = {item.name for item in items}
     for name, tensor in tensors.items():
         if name not in names and tensor.numel() and (tensor.data_ptr(), tensor.device) not in filled:
             raise TensorMismatch(f"the target's tensor {name!r} is not in {uri}; nothing was written")
+
+
+def _equal(checkpoint: Checkpoint, a: _Item, b: _Item) -> bool:
+    """Whether two tensors have the same bytes, by their digests or else by reading them."""
+    if a.entry.nbytes != b.entry.nbytes:
+        return False
+    if a.chunks is not None and b.chunks is not None:
+        return a.chunks == b.chunks
+    block = memoryview(bytearray(2 << 20))
+    left, right = block[: 1 << 20], block[1 << 20 :]
+    for at in range(0, a.entry.nbytes, len(left)):
+        n = min(len(left), a.entry.nbytes - at)
+        checkpoint.store.readinto(a.file.key, a.entry.offset + at, left[:n])
+        checkpoint.store.readinto(b.file.key, b.entry.offset + at, right[:n])
+        if left[:n] != right[:n]:
+            return False
+    return True
 
 
 class _Fresh:
@@ -364,7 +391,7 @@ def _stream(
     """Run the engine in a thread and hand its tensors over in order."""
     from shardtool.sinks.tensor import TensorSink
 
-    readers = concurrency or CONCURRENCY
+    readers = CONCURRENCY if concurrency is None else concurrency
     if readers < 1:
         raise UsageError(f"--concurrency {readers} is not a number of readers")
     staging = {item.name: places.staging(item) for item in items}

@@ -7,14 +7,15 @@ from collections.abc import Callable, Sequence
 from math import prod
 
 from shardtool import __version__, header, manifest, pattern
-from shardtool.dtypes import DType, lossless
-from shardtool.errors import FormatError, NotFound, UsageError
+from shardtool.dtypes import DType, castable, lossless
+from shardtool.errors import FormatError, NotFound, PlanError, UsageError
 from shardtool.layouts.base import Model, Outline, Parallel
 from shardtool.manifest import Dropped, FileRecord, Manifest
 from shardtool.ops import source as sources
 from shardtool.ops.source import Source
 from shardtool.ops.write import Job, Summary, run, split_parts, summary
 from shardtool.plan import File, Piece, Tensor
+from shardtool.recipe import filled
 from shardtool.stores import open_store
 from shardtool.stores.base import Store
 from shardtool.units import parse_size, show_size
@@ -121,6 +122,7 @@ def plan(
     held = sources.target_dtype(source, dtype, layout)
     equal = sources.equal_in(source, memoryview(bytearray(2 * _COMPARED)))
     outline = layout.outline(Model(source.config, source.inventory, held, equal), parallel)
+    _check_casts(outline, source)
     amendments = {**outline.amendments, **_dtype_amendment(source, held)}
     config = sources.amended(source.config_text, amendments)
     dropped = _dropped(source, outline, keep_dropped)
@@ -178,6 +180,19 @@ def plan(
             "engine": f"{made.layout['engine']} {made.layout['engine_version']}",
         },
     )
+
+
+def _check_casts(outline: Outline, source: Source) -> None:
+    """Refuse a target whose source is of a type that cannot be cast to it."""
+    for rule in outline.recipe.rules:
+        for template in rule.sources():
+            for _, number in rule.names():
+                name = filled(template, number)
+                if not castable(source.inventory[name].dtype, rule.dtype):
+                    raise PlanError(
+                        f"tensor {name!r} is {source.inventory[name].dtype.name}, which cannot be cast to "
+                        f"{rule.dtype.name}"
+                    )
 
 
 def _dtype_amendment(source: Source, held: DType) -> dict[str, str]:

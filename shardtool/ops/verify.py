@@ -259,9 +259,7 @@ def _unlike(record: FileRecord, file: WeightFile, found: Sequence[digest.TensorD
     return troubles
 
 
-def check_input(
-    source: Source, *, memory_limit: int | None, concurrency: int | None, progress: Told = None
-) -> None:
+def check_input(source: Source, *, memory_limit: int | None, concurrency: int | None, progress: Told = None) -> None:
     """Check the digests of shards that are about to be converted.
 
     Raises ``ChecksumMismatch`` that names the first damage.

@@ -38,7 +38,8 @@ def empty(dtype: DType, shape: tuple[int, ...], nbytes: int) -> torch.Tensor:
 
 def octets(tensor: torch.Tensor) -> torch.Tensor:
     """A contiguous tensor's bytes, flat."""
-    return tensor.detach().view(-1).view(torch.uint8) if tensor.dim() else tensor.detach().view(1).view(torch.uint8)
+    flat = tensor.detach().as_strided((tensor.numel(),), (1,))  # one element may have any stride and be contiguous
+    return flat.view(torch.uint8)
 
 
 def lends(tensor: torch.Tensor) -> bool:
