@@ -159,15 +159,15 @@ def open_checkpoint(uri: str | os.PathLike[str], *, shard_pattern: str | None = 
     uri = os.fspath(uri)
     if uri.endswith(".safetensors"):
         folder, _, name = uri.rpartition("/")
-        store = open_store(folder or ("/" if uri.startswith("/") else "."))
-        return Checkpoint(uri, store, "huggingface", _files(store, [(store.stat(name), None, 0)]))
-    store = open_store(uri)
-    try:
-        data = store.get(manifest.KEY, limit=manifest.MAX_BYTES)
-    except NotFound:
-        return _without_manifest(uri, store, shard_pattern)
-    found = manifest.decode(data, store.locate(manifest.KEY))
-    return Checkpoint(uri, store, "sharded", (), found)
+        with open_store(folder or ("/" if uri.startswith("/") else ".")).closed_on_failure() as store:
+            return Checkpoint(uri, store, "huggingface", _files(store, [(store.stat(name), None, 0)]))
+    with open_store(uri).closed_on_failure() as store:
+        try:
+            data = store.get(manifest.KEY, limit=manifest.MAX_BYTES)
+        except NotFound:
+            return _without_manifest(uri, store, shard_pattern)
+        found = manifest.decode(data, store.locate(manifest.KEY))
+        return Checkpoint(uri, store, "sharded", (), found)
 
 
 def with_headers(checkpoint: Checkpoint, ranks: Iterable[int] | None = None) -> Checkpoint:

@@ -1,4 +1,4 @@
-"""Tiny checkpoints, made without shardtool: config.json, tensors of the right names and random bytes, safetensors files.
+"""Tiny checkpoints, made without shardtool: config.json, tensors of the right names and random bytes, their files.
 
 ::
 
@@ -28,7 +28,6 @@ from numpy.typing import NDArray
 from safetensors import deserialize
 
 from shardtool.stores import memory, open_store
-from shardtool.stores.base import Store
 from shardtool.stores.counting import CountingStore
 
 NUMPY = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "F64": "<f8", "I64": "<i8", "U8": "u1"}
@@ -248,7 +247,7 @@ _NUMBERS = itertools.count()
 COUNTED: dict[str, CountingStore] = {}
 
 
-def counted(uri: str) -> Store:
+def counted(uri: str) -> CountingStore:
     """The store of ``counted://memory-name`` (see ``COUNTING``): counts what is asked of ``memory://memory-name``."""
     if uri not in COUNTED:
         COUNTED[uri] = CountingStore(open_store("memory://" + uri.partition("://")[2]))

@@ -45,9 +45,7 @@ def is_tied(held: Tensors, config: Mapping[str, Any]) -> bool:
     return "lm_head.weight" not in held or held["lm_head.weight"] == held["model.embed_tokens.weight"]
 
 
-def expected_rank(
-    held: Tensors, config: Mapping[str, Any], tp: int, rank: int, dtype: str | None = None
-) -> Tensors:
+def expected_rank(held: Tensors, config: Mapping[str, Any], tp: int, rank: int, dtype: str | None = None) -> Tensors:
     """The state dict of one rank."""
     to = engine_dtype(config, dtype)
     heads = config["num_attention_heads"]

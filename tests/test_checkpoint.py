@@ -99,7 +99,10 @@ def test_opening_reads_headers_and_no_tensor(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_header_longer_than_the_first_read_is_read_on():
-    held = {f"a-tensor-with-quite-a-long-name-{i:05d}": Raw("U8", random((1,), "F32").array.view("u1")[:1]) for i in range(2000)}
+    held = {
+        f"a-tensor-with-quite-a-long-name-{i:05d}": Raw("U8", random((1,), "F32").array.view("u1")[:1])
+        for i in range(2000)
+    }
     data = safetensors(held)
     assert int.from_bytes(data[:8], "little") > 64 << 10
     with places() as place:
@@ -165,7 +168,9 @@ def test_a_tensor_in_two_parts_is_refused(tmp_path: Path):
     files = engine()
     files["model-rank-0-part-7.safetensors"] = safetensors({"model.norm.weight": random((32,), "BF16")})
     put(tmp_path / "out", files)
-    with pytest.raises(FormatError, match=r"'model\.norm\.weight' is in model-rank-0-part-\d\.\w+ and in model-rank-0-part-7"):
+    with pytest.raises(
+        FormatError, match=r"'model\.norm\.weight' is in model-rank-0-part-\d\.\w+ and in model-rank-0-part-7"
+    ):
         open_checkpoint(tmp_path / "out").held(0)
 
 
@@ -199,7 +204,11 @@ def test_shards_are_a_catalogue_of_the_source(folder: Path, tmp_path: Path, tp: 
     ("change", "kind", "said"),
     [
         (lambda held: held.pop("model.norm.weight"), Incomplete, "rank 1 has no tensor 'model.norm.weight'"),
-        (lambda held: held.update(x=random((2,), "BF16")), FormatError, "rank 1 has the tensor 'x', which the recipe does not know"),
+        (
+            lambda held: held.update(x=random((2,), "BF16")),
+            FormatError,
+            "rank 1 has the tensor 'x', which the recipe does not know",
+        ),
         (
             lambda held: held.update({"model.norm.weight": random((16, 2), "BF16")}),
             FormatError,

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jsonschema
+import jsonschema  # type: ignore[import-untyped]
 import pytest
 from blake3 import blake3
 from hypothesis import given, settings
@@ -85,7 +85,7 @@ def test_every_manifest_is_valid_under_the_schema_and_is_read_back(case: Case):
             }
 
 
-NAMES = st.text(st.sampled_from("ab.01{i}é\n\"\\/"), min_size=1, max_size=10)
+NAMES = st.text(st.sampled_from('ab.01{i}é\n"\\/'), min_size=1, max_size=10)
 HEX = st.integers(0, 15).map(lambda n: f"{n:x}" * 64)
 
 
@@ -96,7 +96,9 @@ def records(draw: st.DrawFn) -> FileRecord:
         for name in draw(st.lists(NAMES, unique=True, max_size=3))
     )
     rank = draw(st.none() | st.integers(0, 9))
-    return FileRecord(draw(st.sampled_from(["a", "b/c d"])), rank, 1, draw(st.integers(0, 1 << 60)), draw(HEX), draw(HEX), made)
+    return FileRecord(
+        draw(st.sampled_from(["a", "b/c d"])), rank, 1, draw(st.integers(0, 1 << 60)), draw(HEX), draw(HEX), made
+    )
 
 
 @given(
@@ -222,7 +224,7 @@ def places_in(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...
         yield from places_in(inner, (*path, key))
 
 
-JUNK = [None, True, -1, 1 << 64, 0.5, "", "x", "../x", "a\\b", [], [[]], [None], {}, {"a": 1}, "{i}"]
+JUNK: list[Any] = [None, True, -1, 1 << 64, 0.5, "", "x", "../x", "a\\b", [], [[]], [None], {}, {"a": 1}, "{i}"]
 
 
 def replaced(path: tuple[Any, ...], value: Any) -> dict[str, Any]:

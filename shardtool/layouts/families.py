@@ -239,6 +239,8 @@ def from_record(value: Any, where: str) -> Family:
     try:
         rows = tuple(Row(**{**row, "of": tuple(row["of"]), "instead": tuple(row["instead"])}) for row in value["rows"])
         lists = {key: tuple(value[key]) for key in ("architectures", "tied", "dtypes", "refused")}
+        if len(lists["tied"]) != 2:
+            raise ValueError("tied does not name two tensors")
         family = Family(**{**value, **lists, "rows": rows})
         _check_kinds(family)
     except (KeyError, TypeError, ValueError) as error:
@@ -253,12 +255,15 @@ def from_record(value: Any, where: str) -> Family:
 
 def _check_kinds(family: Family) -> None:
     """Refuse a table whose columns hold other kinds of values. Raises ``TypeError`` or ``ValueError``."""
-    texts = [family.name, family.head_dim_key, *family.architectures, *family.tied, *family.refused]
-    texts += [*family.drops, *family.drops.values()] if isinstance(family.drops, dict) else [None]
+    texts: list[object] = [family.name, family.head_dim_key, *family.architectures, *family.tied, *family.refused]
     for row in family.rows:
         texts += [row.rule, row.to, *row.of, row.when, row.size, *row.instead]
-    if not all(isinstance(text, str) for text in texts) or not isinstance(family.defaults, dict):
+    tables: list[object] = [family.defaults, family.drops]
+    if not all(isinstance(table, dict) for table in tables):
+        raise TypeError("a column that should be a table is none")
+    if not all(isinstance(text, str) for text in (*texts, *family.drops, *family.drops.values())):
         raise TypeError("a column holds something that is not a text")
-    known_dtypes = bool(family.dtypes) and set(family.dtypes) <= set(DType.__members__)
-    if len(family.tied) != 2 or not family.architectures or not known_dtypes:
-        raise ValueError("tied must name two tensors, architectures one at least, dtypes only such as there are")
+    if not family.architectures or not family.dtypes:
+        raise ValueError("a column has too few entries")
+    if not set(family.dtypes) <= set(DType.__members__):
+        raise ValueError(f"{family.dtypes} are not all dtypes")

@@ -86,29 +86,31 @@ def inspect(uri: str | os.PathLike[str], *, tensors: str | None = None, pattern:
     the names of shards without a manifest. Raises ``NotFound`` where there is no checkpoint, or no such tensor.
     """
     uri = os.fspath(uri)
-    checkpoint = with_headers(open_checkpoint(uri, shard_pattern=pattern))
-    made = checkpoint.manifest
-    config = _config(checkpoint)
-    dtypes = _dtypes(checkpoint.files)
-    return Inspection(
-        uri=uri,
-        kind="file" if uri.endswith(".safetensors") else checkpoint.kind,
-        architecture=_architecture(config),
-        engine=_engine(made) if made else None,
-        tp=made.tp if made else (max(checkpoint.ranks) + 1 if checkpoint.ranks else None),
-        pp=made.pp if made else None,
-        dtype=made.dtype.name if made else None,
-        pattern=made.pattern if made else None,
-        written_by=made.written_by if made else None,
-        tensors=sum(one.tensors for one in dtypes),
-        elements=sum(one.elements for one in dtypes),
-        bytes=sum(one.bytes for one in dtypes),
-        parameters=_parameters(checkpoint, dtypes),
-        dropped=len(made.dropped) if made else 0,
-        files=tuple(_file(file) for file in sorted(checkpoint.files, key=_place)),
-        dtypes=dtypes,
-        listed=_listed(checkpoint, tensors) if tensors is not None else (),
-    )
+    checkpoint = open_checkpoint(uri, shard_pattern=pattern)
+    with checkpoint.store:
+        checkpoint = with_headers(checkpoint)
+        made = checkpoint.manifest
+        config = _config(checkpoint)
+        dtypes = _dtypes(checkpoint.files)
+        return Inspection(
+            uri=uri,
+            kind="file" if uri.endswith(".safetensors") else checkpoint.kind,
+            architecture=_architecture(config),
+            engine=_engine(made) if made else None,
+            tp=made.tp if made else (max(checkpoint.ranks) + 1 if checkpoint.ranks else None),
+            pp=made.pp if made else None,
+            dtype=made.dtype.name if made else None,
+            pattern=made.pattern if made else None,
+            written_by=made.written_by if made else None,
+            tensors=sum(one.tensors for one in dtypes),
+            elements=sum(one.elements for one in dtypes),
+            bytes=sum(one.bytes for one in dtypes),
+            parameters=_parameters(checkpoint, dtypes),
+            dropped=len(made.dropped) if made else 0,
+            files=tuple(_file(file) for file in sorted(checkpoint.files, key=_place)),
+            dtypes=dtypes,
+            listed=_listed(checkpoint, tensors) if tensors is not None else (),
+        )
 
 
 def _place(file: WeightFile) -> tuple[bool, int, int, str]:

@@ -98,8 +98,15 @@ def stream(
     handed over. ``memory_limit``: bytes or a text such as ``1GiB``.
     """
     checkpoint = _opened(os.fspath(uri), rank, pattern)
-    items = _items(checkpoint, _rank(checkpoint, rank), verify=verify)
-    return _stream(checkpoint, items, _Fresh(device), concurrency, memory_limit, progress)
+    with checkpoint.store.closed_on_failure():
+        items = _items(checkpoint, _rank(checkpoint, rank), verify=verify)
+    return _closing(checkpoint, _stream(checkpoint, items, _Fresh(device), concurrency, memory_limit, progress))
+
+
+def _closing(checkpoint: Checkpoint, tensors: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """The same, with the checkpoint's store closed at the end."""
+    with checkpoint.store:
+        yield from tensors
 
 
 def load(
@@ -149,9 +156,9 @@ def load_into(
     given = target.state_dict(keep_vars=True) if isinstance(target, torch.nn.Module) else dict(target)
     tensors = {name: tensor for name, tensor in given.items() if isinstance(tensor, torch.Tensor)}
     checkpoint = _opened(os.fspath(uri), rank, pattern)
-    items = _items(checkpoint, _rank(checkpoint, rank), verify=verify)
-    _check_fit(items, tensors, checkpoint)
-    with torch.no_grad():
+    with checkpoint.store, torch.no_grad():
+        items = _items(checkpoint, _rank(checkpoint, rank), verify=verify)
+        _check_fit(items, tensors, checkpoint)
         for _ in _stream(checkpoint, items, _Given(tensors), concurrency, memory_limit, progress):
             pass
 
@@ -183,14 +190,15 @@ def measure(
             progress(done + so_far, total)
 
     loads = []
-    for r, items in jobs:
-        at = time.monotonic()
-        where = _device_of(device, r, len(ranks))
-        for _ in _stream(checkpoint, items, _Fresh(where), concurrency, memory_limit, tell):
-            pass
-        nbytes = sum(item.entry.nbytes for item in items)
-        done += nbytes
-        loads.append(RankLoad(r, where, len(items), nbytes, time.monotonic() - at))
+    with checkpoint.store:
+        for r, items in jobs:
+            at = time.monotonic()
+            where = _device_of(device, r, len(ranks))
+            for _ in _stream(checkpoint, items, _Fresh(where), concurrency, memory_limit, tell):
+                pass
+            nbytes = sum(item.entry.nbytes for item in items)
+            done += nbytes
+            loads.append(RankLoad(r, where, len(items), nbytes, time.monotonic() - at))
     verified = verify and all(item.chunks is not None for _, items in jobs for item in items)
     notes = () if verified or not verify else ("there is no manifest, so that no digest was checked",)
     return LoadReport(
@@ -225,7 +233,8 @@ def _opened(uri: str, rank: int | None, pattern: str | None) -> Checkpoint:
         raise NotFound(
             f"{uri} has no rank {rank}; it has ranks 0 to {checkpoint.manifest.tp * checkpoint.manifest.pp - 1}"
         )
-    return with_headers(checkpoint, None if rank is None else [rank])
+    with checkpoint.store.closed_on_failure():
+        return with_headers(checkpoint, None if rank is None else [rank])
 
 
 def _rank(checkpoint: Checkpoint, rank: int | None) -> int | None:

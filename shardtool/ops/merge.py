@@ -50,17 +50,18 @@ def merge(
     """
     limit = None if memory_limit is None else parse_size(memory_limit, "--memory-limit")
     source = sources.open_source(os.fspath(uri), shard_pattern=source_pattern)
-    if source.origin is None:
-        raise PlanError(f"{source.uri} is not sharded; there is nothing to merge")
-    if verify and not dry_run:
-        check_input(source, memory_limit=limit, concurrency=concurrency, progress=progress)
-    with open_store(os.fspath(output)) as to:
-        job = plan(source, source.origin, parse_size(max_part_size, "--max-part-size"))
-        if dry_run:
-            return summary(job, to, memory_limit=limit)
-        return run(
-            job, to, memory_limit=limit, concurrency=concurrency, ranks=None, overwrite=overwrite, progress=progress
-        )
+    with source.store:
+        if source.origin is None:
+            raise PlanError(f"{source.uri} is not sharded; there is nothing to merge")
+        if verify and not dry_run:
+            check_input(source, memory_limit=limit, concurrency=concurrency, progress=progress)
+        with open_store(os.fspath(output)) as to:
+            job = plan(source, source.origin, parse_size(max_part_size, "--max-part-size"))
+            if dry_run:
+                return summary(job, to, memory_limit=limit)
+            return run(
+                job, to, memory_limit=limit, concurrency=concurrency, ranks=None, overwrite=overwrite, progress=progress
+            )
 
 
 def plan(source: Source, origin: Manifest, most: int) -> Job:

@@ -38,22 +38,23 @@ def reshard(
     """
     limit = None if memory_limit is None else parse_size(memory_limit, "--memory-limit")
     source = sources.open_source(os.fspath(uri), shard_pattern=source_pattern)
-    if source.origin is None:
-        raise PlanError(f"{source.uri} is not sharded; use shardtool save")
-    if verify and not dry_run:
-        check_input(source, memory_limit=limit, concurrency=concurrency, progress=progress)
-    return convert(
-        source,
-        os.fspath(output),
-        tp=tp,
-        text=pattern,
-        max_part_size=parse_size(max_part_size, "--max-part-size"),
-        dtype="auto",
-        keep_dropped=False,
-        ranks=ranks,
-        memory_limit=limit,
-        concurrency=concurrency,
-        overwrite=overwrite,
-        dry_run=dry_run,
-        progress=progress,
-    )
+    with source.store:
+        if source.origin is None:
+            raise PlanError(f"{source.uri} is not sharded; use shardtool save")
+        if verify and not dry_run:
+            check_input(source, memory_limit=limit, concurrency=concurrency, progress=progress)
+        return convert(
+            source,
+            os.fspath(output),
+            tp=tp,
+            text=pattern,
+            max_part_size=parse_size(max_part_size, "--max-part-size"),
+            dtype="auto",
+            keep_dropped=False,
+            ranks=ranks,
+            memory_limit=limit,
+            concurrency=concurrency,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            progress=progress,
+        )

@@ -51,22 +51,23 @@ def save(
     what would be.
     """
     source = sources.open_source(os.fspath(model))
-    sources.refuse_sharded(source)
-    return convert(
-        source,
-        os.fspath(output),
-        tp=tp,
-        text=pattern,
-        max_part_size=parse_size(max_part_size, "--max-part-size"),
-        dtype=dtype,
-        keep_dropped=keep_dropped,
-        ranks=ranks,
-        memory_limit=None if memory_limit is None else parse_size(memory_limit, "--memory-limit"),
-        concurrency=concurrency,
-        overwrite=overwrite,
-        dry_run=dry_run,
-        progress=progress,
-    )
+    with source.store:
+        sources.refuse_sharded(source)
+        return convert(
+            source,
+            os.fspath(output),
+            tp=tp,
+            text=pattern,
+            max_part_size=parse_size(max_part_size, "--max-part-size"),
+            dtype=dtype,
+            keep_dropped=keep_dropped,
+            ranks=ranks,
+            memory_limit=None if memory_limit is None else parse_size(memory_limit, "--memory-limit"),
+            concurrency=concurrency,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            progress=progress,
+        )
 
 
 def convert(

@@ -54,11 +54,12 @@ class Source:
 def open_source(uri: str, *, shard_pattern: str | None = None) -> Source:
     """Open a model of any kind as its logical tensors. Reads headers only."""
     checkpoint = open_checkpoint(uri, shard_pattern=shard_pattern)
-    if checkpoint.kind == "huggingface":
-        return _whole(checkpoint)
-    if checkpoint.manifest is not None:
-        return sharded(with_headers(checkpoint), checkpoint.manifest)
-    return sharded(checkpoint, infer(checkpoint))
+    with checkpoint.store.closed_on_failure():
+        if checkpoint.kind == "huggingface":
+            return _whole(checkpoint)
+        if checkpoint.manifest is not None:
+            return sharded(with_headers(checkpoint), checkpoint.manifest)
+        return sharded(checkpoint, infer(checkpoint))
 
 
 def _whole(checkpoint: Checkpoint) -> Source:

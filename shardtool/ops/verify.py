@@ -110,20 +110,23 @@ def verify(
         checkpoint = open_checkpoint(uri, shard_pattern=pattern)
     except FormatError as error:
         return Report(uri, "unknown", "structure", [FileCheck(structure.WHOLE, why=[str(error)])])
-    report = Report(uri, checkpoint.kind, "structure")
-    made = _structure(checkpoint, report, quick=quick, compared=against is not None)
-    if checkpoint.manifest is not None and made is not None:
-        report.files, files = structure.check_files(checkpoint, made)
-        report.files += structure.check_side_files(checkpoint, made, digests=not quick)
-        checkpoint = Checkpoint(uri, checkpoint.store, checkpoint.kind, tuple(files), made)
-        if against is not None:  # before hours are spent on digests
-            _expect(limit, _least(len(checkpoint.ranks), CompareSink.staging))
-        if not quick:
-            report.depth = "digests"
-            _digests(checkpoint.store, files, made, report, limit, concurrency, progress)
-    if against is not None:
-        report.depth = "equality"
-        _against(checkpoint, made, sources.open_source(os.fspath(against)), report, limit, concurrency, progress)
+    with checkpoint.store:
+        report = Report(uri, checkpoint.kind, "structure")
+        made = _structure(checkpoint, report, quick=quick, compared=against is not None)
+        if checkpoint.manifest is not None and made is not None:
+            report.files, files = structure.check_files(checkpoint, made)
+            report.files += structure.check_side_files(checkpoint, made, digests=not quick)
+            checkpoint = Checkpoint(uri, checkpoint.store, checkpoint.kind, tuple(files), made)
+            if against is not None:  # before hours are spent on digests
+                _expect(limit, _least(len(checkpoint.ranks), CompareSink.staging))
+            if not quick:
+                report.depth = "digests"
+                _digests(checkpoint.store, files, made, report, limit, concurrency, progress)
+        if against is not None:
+            report.depth = "equality"
+            other = sources.open_source(os.fspath(against))
+            with other.store:
+                _against(checkpoint, made, other, report, limit, concurrency, progress)
     report.seconds = time.monotonic() - began
     return report
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -162,6 +163,15 @@ class Store(ABC):
     def held(self, size: int) -> int:
         """Bytes of memory that the ``Writer`` of an object of ``size`` bytes takes for itself, to plan memory too."""
         return 0
+
+    @contextmanager
+    def closed_on_failure(self) -> Iterator[Self]:
+        """Close the store if what follows fails; otherwise it stays open for whoever gets it."""
+        try:
+            yield self
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:  # noqa: B027 - a store without resources need not override it
         """Give back connections and files."""

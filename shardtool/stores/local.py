@@ -297,6 +297,9 @@ class _OpenFiles:
                 if file.retired and not file.users:
                     os.close(file.fd)
 
+    def __del__(self) -> None:
+        self.close()  # of a store that nobody closed
+
     def close(self) -> None:
         """Close every file as soon as nobody reads it."""
         with self._lock:

@@ -40,9 +40,11 @@ def test_the_first_known_architecture_counts():
     assert found.name == "qwen3"
 
 
-@pytest.mark.parametrize("config", [{}, {"architectures": None}, {"architectures": "LlamaForCausalLM"}, {"architectures": [3]}])
+@pytest.mark.parametrize(
+    "config", [{}, {"architectures": None}, {"architectures": "LlamaForCausalLM"}, {"architectures": [3]}]
+)
 def test_a_config_without_architecture_is_refused(config: dict[str, Any]):
-    with pytest.raises(UnsupportedModel, match="no architecture in config.json"):
+    with pytest.raises(UnsupportedModel, match=r"no architecture in config\.json"):
         find(config)
 
 
@@ -107,7 +109,7 @@ def test_a_table_uses_rules_that_exist_and_names_no_target_twice_under_one_condi
 def test_a_damaged_table_is_refused(damage: Any):
     record = copy.deepcopy(FAMILIES[0].record())
     damage(record)
-    with pytest.raises(FormatError, match="^here: the layout"):
+    with pytest.raises(FormatError, match=r"^here: the layout"):
         from_record(record, "here")
 
 

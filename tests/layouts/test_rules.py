@@ -155,7 +155,10 @@ def test_what_an_engine_would_refuse_is_refused_with_its_sizes(
 
 @pytest.mark.parametrize(
     ("kv", "tp", "said"),
-    [(4, 6, "--tp 6 is not a multiple of its 4 kv heads"), (6, 4, "the number of kv heads 6 cannot be divided by --tp 4")],
+    [
+        (4, 6, "--tp 6 is not a multiple of its 4 kv heads"),
+        (6, 4, "the number of kv heads 6 cannot be divided by --tp 4"),
+    ],
 )
 def test_kv_heads_must_divide_the_ranks_or_the_ranks_them(kv: int, tp: int, said: str):
     dims = Dims(12, kv, 1, 1)

@@ -1,4 +1,4 @@
-"""vLLM's layout end to end: what ``save`` writes is, byte for byte, what ``tests/oracle.py`` says that every rank holds."""
+"""vLLM's layout end to end: what ``save`` writes is, byte for byte, what ``tests/oracle.py`` says."""
 
 from __future__ import annotations
 
@@ -122,6 +122,38 @@ def test_every_variant_of_a_config_is_laid_out_as_the_engine_does(family: str, c
     check(made, tensors(made), tp)
 
 
+@pytest.mark.parametrize(
+    ("says", "q", "o"),
+    [
+        ({"attention_bias": True}, True, True),
+        ({"bias": True}, True, True),
+        ({"qkv_bias": True}, True, False),
+        ({"qkv_bias": False, "attention_bias": True}, False, True),
+        ({"qkv_bias": True, "bias": True}, True, True),
+        ({"attention_bias": False, "bias": None}, False, False),
+    ],
+)
+def test_several_settings_say_which_projections_have_a_bias(says: dict[str, Any], q: bool, o: bool):
+    made = config(**says)
+    both = tensors(config(attention_bias=True))
+    held = {name: raw for name, raw in both.items() if ".bias" not in name or (o if "o_proj" in name else q)}
+    check(made, held, 4)
+
+
+@pytest.mark.parametrize(
+    ("says", "sinks"),
+    [
+        ({"layer_types": ["sliding_attention", "full_attention"]}, True),
+        ({"layer_types": ["full_attention"] * 2, "attention_sinks": False}, False),
+        ({"attention_sinks": True}, True),
+        ({}, False),
+    ],
+)
+def test_a_granite_with_kinds_of_layers_has_sinks_unless_it_says_otherwise(says: dict[str, Any], sinks: bool):
+    made = config("granite", **says)
+    check(made, tensors({**made, "attention_sinks": sinks}), 4)
+
+
 @pytest.mark.parametrize(("kv", "tp"), [(1, 8), (2, 4), (2, 8), (4, 8), (1, 2)])
 def test_ranks_share_kv_heads_where_there_are_fewer_of_them(kv: int, tp: int):
     made = config(num_key_value_heads=kv)
@@ -150,9 +182,21 @@ def test_a_rank_past_the_vocabulary_holds_zeros():
         ({}, 3, "cannot be divided by --tp 3; the engine refuses it too"),
         ({"num_attention_heads": 6, "num_key_value_heads": 3}, 4, "number of heads 6 cannot be divided by --tp 4"),
         ({"intermediate_size": 50}, 4, "its size 50 cannot be divided by --tp 4"),
-        ({"num_attention_heads": 12, "num_key_value_heads": 4, "vocab_size": 192}, 6, "--tp 6 is not a multiple of its 4 kv heads"),
-        ({"num_attention_heads": 12, "num_key_value_heads": 6}, 4, "the number of kv heads 6 cannot be divided by --tp 4"),
-        ({"num_attention_heads": 6, "num_key_value_heads": 3}, 3, "the padded vocabulary 128 cannot be divided by --tp 3"),
+        (
+            {"num_attention_heads": 12, "num_key_value_heads": 4, "vocab_size": 192},
+            6,
+            "--tp 6 is not a multiple of its 4 kv heads",
+        ),
+        (
+            {"num_attention_heads": 12, "num_key_value_heads": 6},
+            4,
+            "the number of kv heads 6 cannot be divided by --tp 4",
+        ),
+        (
+            {"num_attention_heads": 6, "num_key_value_heads": 3},
+            3,
+            "the padded vocabulary 128 cannot be divided by --tp 3",
+        ),
         ({"num_attention_heads": 6, "num_key_value_heads": 4}, 1, "6 heads and 4 kv heads, which do not divide"),
     ],
 )
@@ -295,7 +339,12 @@ def test_a_bias_that_the_engine_skips_is_dropped_and_given_back():
 
 @pytest.mark.parametrize(
     "name",
-    ["model.layers.2.mlp.up_proj.weight", "model.embed_positions.weight", "model.layers.0.self_attn.q_norm.weight", "extra.bias"],
+    [
+        "model.layers.2.mlp.up_proj.weight",
+        "model.embed_positions.weight",
+        "model.layers.0.self_attn.q_norm.weight",
+        "extra.bias",
+    ],
 )
 def test_a_tensor_that_the_engine_does_not_know_is_refused(name: str):
     made = config()
@@ -430,7 +479,9 @@ def test_integers_are_not_cast_to_floats():
 )
 def test_a_quantized_model_is_refused(change: dict[str, Any]):
     made = config()
-    assert "quantized checkpoints are not supported yet" in refusal({**made, **change}, tensors(made), 2, UnsupportedModel)
+    assert "quantized checkpoints are not supported yet" in refusal(
+        {**made, **change}, tensors(made), 2, UnsupportedModel
+    )
 
 
 def test_a_model_quantized_by_another_file_is_refused():

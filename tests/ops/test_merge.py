@@ -204,7 +204,7 @@ def test_shards_that_have_changed_are_another_job(source: str, shards: Path, out
     held = {**HELD, "model.norm.weight": Raw("BF16", HELD["model.norm.weight"].array ^ 1)}
     put(Path(source), model(CONFIG, held, files=2))
     shardtool.save(source, tmp_path / "changed", tp=4)
-    with pytest.raises(PlanError, match="is not empty .*use --overwrite or another --output"):
+    with pytest.raises(PlanError, match=r"is not empty .*use --overwrite or another --output"):
         shardtool.merge(tmp_path / "changed", out)
     assert contents(out) == before
     shardtool.merge(tmp_path / "changed", out, overwrite=True)

@@ -57,7 +57,7 @@ def test_parts_of_uploads_make_one_object(at: str, tmp_path: Path, s3_server: S3
     shardtool.save(tmp_path / "model", f"{at}/tp1", tp=1)
     key = "model-rank-0-part-0.safetensors"
     found = contents(f"{at}/tp1")
-    assert len(found[key]) > 40 << 20
+    assert len(found[key]) > 5 * (8 << 20) - (1 << 20)
     assert rank_tensors(found, 0) == expected(held, made, 1)[0]
     bucket = at.split("/")[2]
     assert not s3_server.client.list_multipart_uploads(Bucket=bucket).get("Uploads")
@@ -102,9 +102,9 @@ def test_what_is_wrong_in_a_bucket_is_found(at: str, tmp_path: Path):
 
 
 def test_names_that_an_engine_would_take_for_shards_are_refused_in_a_bucket(at: str, tmp_path: Path):
-    """vLLM matches ``*`` + pattern against whole keys there, sub-folders included: rank 1 would find rank 11 too."""
+    """An engine matches ``*`` + pattern against whole keys there: rank 0 would find the files of rank 10 too."""
     made = config(num_attention_heads=16, vocab_size=1000)
     source = put(tmp_path / "model", model(made, tensors(made)))
     shardtool.save(source, tmp_path / "local", tp=16, pattern="{rank}-{part}.safetensors")
-    with pytest.raises(PlanError, match="also matches 11-0"):
+    with pytest.raises(PlanError, match="also matches 10-0"):
         shardtool.save(source, f"{at}/out", tp=16, pattern="{rank}-{part}.safetensors")

@@ -87,7 +87,9 @@ def with_index(folder: Path, **changes: Any) -> None:
     put(folder, {INDEX: json.dumps(table).encode()})
 
 
-@pytest.mark.parametrize("key", ["../model/x.safetensors", "/etc/passwd", "a//b.safetensors", "./x.safetensors", "", "a\\b"])
+@pytest.mark.parametrize(
+    "key", ["../model/x.safetensors", "/etc/passwd", "a//b.safetensors", "./x.safetensors", "", "a\\b"]
+)
 def test_an_index_that_leaves_the_folder_is_refused(folder: Path, key: str):
     with_index(folder, **{"model.norm.weight": key})
     with pytest.raises(FormatError, match="which is not inside the checkpoint"):
@@ -106,7 +108,9 @@ def test_an_index_that_names_a_tensor_that_is_not_there_is_refused(folder: Path)
         saved(folder)
 
 
-@pytest.mark.parametrize("text", [b"", b"[]", b"{}", b'{"weight_map": []}', b'{"weight_map": {"a": 1}}', b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "text", [b"", b"[]", b"{}", b'{"weight_map": []}', b'{"weight_map": {"a": 1}}', b"\xff", b"[" * 100_000]
+)
 def test_a_damaged_index_is_refused(folder: Path, text: bytes):
     put(folder, {INDEX: text})
     with pytest.raises(FormatError, match=INDEX):
@@ -168,7 +172,10 @@ def test_other_formats_are_neither_read_nor_copied_and_side_files_are(tmp_path: 
 
 
 def test_config_json_is_copied_to_the_byte_where_nothing_must_change(folder: Path):
-    odd = b'{ "architectures" : ["LlamaForCausalLM"],\r\n' + FILES["config.json"][FILES["config.json"].index(b'  "model_type"') :]
+    odd = (
+        b'{ "architectures" : ["LlamaForCausalLM"],\r\n'
+        + FILES["config.json"][FILES["config.json"].index(b'  "model_type"') :]
+    )
     put(folder, {"config.json": odd})
     assert saved(folder)["config.json"] == odd
 

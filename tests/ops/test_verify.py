@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import shardtool
 from shardtool import stores
-from shardtool.errors import BudgetTooSmall, ChecksumMismatch, Incomplete, NotFound
+from shardtool.errors import BudgetTooSmall, Incomplete, NotFound
 from shardtool.layouts import families
 from shardtool.ops.verify import Report
 from tests.builders import (
@@ -159,7 +159,9 @@ def test_quick_looks_at_headers_and_not_at_elements():
     assert not report(files).ok
 
 
-@pytest.mark.parametrize("key", ["model-rank-9-part-0.safetensors", "model-rank-0-part-77.safetensors", "model.safetensors"])
+@pytest.mark.parametrize(
+    "key", ["model-rank-9-part-0.safetensors", "model-rank-0-part-77.safetensors", "model.safetensors"]
+)
 def test_a_file_that_an_engine_would_read_too_is_foreign(key: str):
     found = report({**SHARDS, key: safetensors({"x": random((2,), "BF16")})})
     assert f"{key}: foreign: the manifest does not know it, but an engine would read it" in troubles(found)
@@ -523,7 +525,3 @@ def test_a_whole_folder_can_be_verified(tmp_path: Path):
     assert found.kind == "sharded"
     assert found.tensors == sum(len(rank_tensors(contents(tmp_path / "out"), rank)) for rank in range(8)) + 1
     assert whole_tensors(FILES).keys() == HELD.keys()
-    with pytest.raises(ChecksumMismatch):
-        path = tmp_path / "out" / "model-rank-0-part-0.safetensors"
-        path.write_bytes(flipped(path.read_bytes(), -1))
-        shardtool.merge(tmp_path / "out", tmp_path / "merged")

@@ -50,7 +50,10 @@ def bring(sink: FileSink, tile: Tile, data: bytes) -> None:
 
 
 def made(store: Store, file: File, records: list[FileRecord], slots: Slots | None = None) -> FileSink:
-    return FileSink(file, 5, store, records.append, slots or Slots(1, store.unit(file.size)))
+    def published(record: FileRecord) -> None:
+        records.append(record)
+
+    return FileSink(file, 5, store, published, slots or Slots(1, store.unit(file.size)))
 
 
 SIZES = st.lists(st.integers(0, 30), min_size=1, max_size=6)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -29,7 +30,7 @@ def test_tiles_are_handled_in_order_and_each_is_released_after_it_was(
     given_in = tiles(data, [cut for cut in cuts if cut < len(data)])
     order.shuffle(given_in)
     for offset, view in given_in:
-        lane.put(start + offset, view, lambda offset=offset: released.append(offset))
+        lane.put(start + offset, view, partial(released.append, offset))
     assert b"".join(done) == data
     assert released == sorted(offset for offset, _ in given_in)
 

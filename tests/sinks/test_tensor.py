@@ -1,4 +1,4 @@
-"""Tensor sinks: chunks land in tensors of any kind of memory, checked before they do, and only then are they handed on."""
+"""Tensor sinks: chunks land in tensors of any kind of memory, checked first, and handed on when all are there."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ def bring(sink: TensorSink, dtype: DType, shape: tuple[int, ...], at: int, data:
 @given(st.lists(st.integers(1, 4), max_size=4), st.data())
 def test_elements_land_where_they_belong_in_tensors_of_any_strides(shape: list[int], data: st.DataObject):
     """Runs of any length in any order: a contiguous target, a transposed one, every other row of one."""
-    kind = data.draw(st.sampled_from([(DType.F32, torch.float32), (DType.BF16, torch.bfloat16), (DType.I64, torch.int64)]))
+    kind = data.draw(
+        st.sampled_from([(DType.F32, torch.float32), (DType.BF16, torch.bfloat16), (DType.I64, torch.int64)])
+    )
     dtype, typed = kind
     size = math.prod(shape)
     wanted = torch.arange(size).to(typed).reshape(shape)
@@ -68,7 +70,9 @@ def test_elements_land_where_they_belong_in_tensors_of_any_strides(shape: list[i
     if form == "plain" or not shape:
         target = torch.zeros(shape, dtype=typed)
     elif form == "turned":
-        target = torch.zeros([shape[i] for i in order], dtype=typed).permute([order.index(i) for i in range(len(shape))])
+        target = torch.zeros([shape[i] for i in order], dtype=typed).permute(
+            [order.index(i) for i in range(len(shape))]
+        )
     else:
         target = torch.zeros([2 * n for n in shape], dtype=typed)[tuple(slice(None, None, 2) for _ in shape)]
     assert tuple(target.shape) == tuple(shape)
@@ -103,7 +107,9 @@ def test_a_damaged_chunk_is_named_and_not_handed_over(staging: int):
     done: list[TensorSink] = []
     sink = sink_of(target, DType.U8, (len(data),), done.append, staging=staging, chunks=chunks)
     bring(sink, DType.U8, (len(data),), 0, data[: digest.CHUNK])
-    with pytest.raises(ChecksumMismatch, match=rf"^here/x\.safetensors: tensor 't' .* bytes {digest.CHUNK} to {len(data)};"):
+    with pytest.raises(
+        ChecksumMismatch, match=rf"^here/x\.safetensors: tensor 't' .* bytes {digest.CHUNK} to {len(data)};"
+    ):
         bring(sink, DType.U8, (len(data),), digest.CHUNK, data[digest.CHUNK : -1] + b"\0")
     assert not done
     if staging:
@@ -123,10 +129,15 @@ def test_an_empty_tensor_is_ready_when_it_is_begun():
 def test_a_target_is_made_when_there_is_room_for_it():
     gate = Gate(10)
     made: list[str] = []
-    sinks = [
-        sink_of(lambda name=name: made.append(name) or torch.zeros(8, dtype=torch.uint8), DType.U8, (8,), lambda _: None, gate=gate)
-        for name in "ab"
-    ]
+
+    def maker(name: str) -> Callable[[], torch.Tensor]:
+        def make() -> torch.Tensor:
+            made.append(name)
+            return torch.zeros(8, dtype=torch.uint8)
+
+        return make
+
+    sinks = [sink_of(maker(name), DType.U8, (8,), lambda _: None, gate=gate) for name in "ab"]
     sinks[0].begin()
     thread = threading.Thread(target=sinks[1].begin)
     thread.start()
