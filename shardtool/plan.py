@@ -83,6 +83,12 @@ def whole(name: str, stored: Stored) -> Tensor:
     return Tensor(name, stored.dtype, stored.shape, pieces, stored=stored)
 
 
+def itself(name: str, dtype: DType, shape: tuple[int, ...]) -> Tensor:
+    """The target that is the source's tensor of the same name, whole."""
+    window = row_major(shape)
+    return Tensor(name, dtype, shape, lambda: (Piece(window, window, name),))
+
+
 @dataclass(frozen=True, eq=False)
 class File:
     """One destination file of rank ``rank`` (None: of no rank) with its tensors in the order of their bytes."""

@@ -27,6 +27,7 @@ from shardtool.checkpoint import Checkpoint, WeightFile, open_checkpoint, stored
 from shardtool.engine import execute
 from shardtool.errors import BudgetTooSmall, NotFound, TensorMismatch, UsageError
 from shardtool.header import Entry
+from shardtool.ops.write import readers
 from shardtool.plan import Tensor
 from shardtool.schedule import Target, whole_target
 from shardtool.units import parse_size, show_size
@@ -400,11 +401,9 @@ def _stream(
     """Run the engine in a thread and hand its tensors over in order."""
     from shardtool.sinks.tensor import TensorSink
 
-    readers = CONCURRENCY if concurrency is None else concurrency
-    if readers < 1:
-        raise UsageError(f"--concurrency {readers} is not a number of readers")
+    threads = readers(concurrency, CONCURRENCY)
     staging = {item.name: places.staging(item) for item in items}
-    size, ahead = _limits(items, any(staging.values()), memory_limit, readers)
+    size, ahead = _limits(items, any(staging.values()), memory_limit, threads)
     arena, gate = Arena(size), Gate(ahead)
     ready: SimpleQueue[TensorSink | BaseException | None] = SimpleQueue()
     total = sum(item.entry.nbytes for item in items)
@@ -443,7 +442,7 @@ def _stream(
         want = max(1, min(size, ahead) // 2)
         steps = schedule.steps(groups(), limit=size, want=want, longest=digest.CHUNK, tile=digest.CHUNK)
         try:
-            execute(steps, checkpoint.store, arena, readers=readers, progress=tell, stop=gate.stop)
+            execute(steps, checkpoint.store, arena, readers=threads, progress=tell, stop=gate.stop)
             ready.put(None)
         except BaseException as error:
             ready.put(error)

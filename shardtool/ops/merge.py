@@ -11,18 +11,16 @@ from typing import Any
 from shardtool import digest, header
 from shardtool.checkpoint import CONFIG, INDEX
 from shardtool.dtypes import DType, lossless
-from shardtool.errors import NotFound, PlanError
+from shardtool.errors import FormatError, NotFound, PlanError
 from shardtool.manifest import FileRecord, Manifest
-from shardtool.mosaic import Logical
 from shardtool.ops import source as sources
 from shardtool.ops.source import Source
 from shardtool.ops.verify import check_input
 from shardtool.ops.write import Job, Summary, run, split_parts, summary
-from shardtool.plan import File, Piece, Tensor
+from shardtool.plan import File, Tensor, itself
 from shardtool.stores import open_store
 from shardtool.stores.base import Store
 from shardtool.units import parse_size
-from shardtool.window import row_major
 
 FILE_SIZE = 5 * 10**9
 """Bytes of a file at most, as Hugging Face splits them."""
@@ -78,7 +76,7 @@ def plan(source: Source, origin: Manifest, most: int) -> Job:
         dtype = logical.dtype
         if not lossless(dtype, held.dtype):
             narrowed[name] = dtype = held.dtype
-        tensors[name] = Tensor(name, dtype, logical.shape, _itself(name, logical))
+        tensors[name] = itself(name, dtype, logical.shape)
     part_of = split_parts({name: t.nbytes for name, t in tensors.items()}, most)
     count = max(part_of.values(), default=0) + 1
     files = []
@@ -93,13 +91,12 @@ def plan(source: Source, origin: Manifest, most: int) -> Job:
     plain = replace(origin, files=())
 
     def commit(store: Store, records: Sequence[FileRecord]) -> None:
-        sources.write_side_files(source, config, store)
         store.put(INDEX, index, exclusive=True)
 
     def committed(store: Store) -> bool:
         try:
-            return store.get(INDEX, limit=len(index)) == index and store.get(CONFIG, limit=len(config)) == config
-        except NotFound:
+            return store.get(INDEX, limit=len(index)) == index
+        except (NotFound, FormatError):  # there is none, or a longer one
             return False
 
     return Job(
@@ -108,17 +105,14 @@ def plan(source: Source, origin: Manifest, most: int) -> Job:
         files=tuple(files),
         catalog=source.catalog,
         source=source.store,
+        beside={CONFIG, *(o.key for o in source.side)},
+        write_beside=lambda store, keys: sources.write_side_files(source, config, store, keys),
         commit=commit,
         committed=committed,
         stale=lambda key: key.endswith((".safetensors", ".safetensors.index.json")) and "/" not in key,
         notes=tuple(_notes(lost, narrowed)),
         details={"tensors": len(tensors), "dropped": sorted(lost), "narrowed": sorted(narrowed)},
     )
-
-
-def _itself(name: str, logical: Logical) -> Callable[[], tuple[Piece, ...]]:
-    window = row_major(logical.shape)
-    return lambda: (Piece(window, window, name),)
 
 
 def _config_amendments(origin: Manifest, narrowed: dict[str, DType]) -> dict[str, Any]:

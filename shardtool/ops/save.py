@@ -7,19 +7,17 @@ from collections.abc import Callable, Sequence
 from math import prod
 
 from shardtool import __version__, header, manifest, pattern
-from shardtool.dtypes import DType, castable, lossless
-from shardtool.errors import FormatError, NotFound, PlanError, UsageError
+from shardtool.dtypes import DType, lossless
+from shardtool.errors import FormatError, NotFound, UsageError
 from shardtool.layouts.base import Model, Outline, Parallel
 from shardtool.manifest import Dropped, FileRecord, Manifest
 from shardtool.ops import source as sources
 from shardtool.ops.source import Source
 from shardtool.ops.write import Job, Summary, run, split_parts, summary
-from shardtool.plan import File, Piece, Tensor
-from shardtool.recipe import filled
+from shardtool.plan import File, Tensor, itself
 from shardtool.stores import open_store
 from shardtool.stores.base import Store
 from shardtool.units import parse_size, show_size
-from shardtool.window import row_major
 
 PART_SIZE = 5 << 30
 KEPT_MOST = 64 << 20
@@ -123,7 +121,6 @@ def plan(
     held = sources.target_dtype(source, dtype, layout)
     equal = sources.equal_in(source, memoryview(bytearray(2 * _COMPARED)))
     outline = layout.outline(Model(source.config, source.inventory, held, equal), parallel)
-    _check_casts(outline, source)
     amendments = {**outline.amendments, **_dtype_amendment(source, held)}
     config = sources.amended(source.config_text, amendments)
     dropped = _dropped(source, outline, keep_dropped)
@@ -154,7 +151,6 @@ def plan(
     names = named.regex()
 
     def commit(store: Store, records: Sequence[FileRecord]) -> None:
-        sources.write_side_files(source, config, store)
         store.put(manifest.KEY, made.with_files(records).encode(), exclusive=True)
 
     def committed(store: Store) -> bool:
@@ -170,6 +166,8 @@ def plan(
         files=tuple(files),
         catalog=source.catalog,
         source=source.store,
+        beside={s.key for s in side},
+        write_beside=lambda store, keys: sources.write_side_files(source, config, store, keys),
         commit=commit,
         committed=committed,
         stale=lambda key: bool(names.fullmatch(key)) or ("/" not in key and key.endswith(".safetensors.index.json")),
@@ -181,19 +179,6 @@ def plan(
             "engine": f"{made.layout['engine']} {made.layout['engine_version']}",
         },
     )
-
-
-def _check_casts(outline: Outline, source: Source) -> None:
-    """Refuse a target whose source is of a type that cannot be cast to it."""
-    for rule in outline.recipe.rules:
-        for template in rule.sources():
-            for _, number in rule.names():
-                name = filled(template, number)
-                if not castable(source.inventory[name].dtype, rule.dtype):
-                    raise PlanError(
-                        f"tensor {name!r} is {source.inventory[name].dtype.name}, which cannot be cast to "
-                        f"{rule.dtype.name}"
-                    )
 
 
 def _dtype_amendment(source: Source, held: DType) -> dict[str, str]:
@@ -225,16 +210,11 @@ def _kept_file(made: Manifest, source: Source) -> File | None:
     for dropped in made.dropped:
         if dropped.kept:
             logical = made.inventory[dropped.name]
-            tensors.append(Tensor(dropped.name, logical.dtype, logical.shape, _itself(dropped.name, logical.shape)))
+            tensors.append(itself(dropped.name, logical.dtype, logical.shape))
     if not tensors:
         return None
     tensors.sort(key=lambda t: header.sort_key(t.name, t.dtype))
     return File(manifest.KEPT, None, tuple(tensors))
-
-
-def _itself(name: str, shape: tuple[int, ...]) -> Callable[[], tuple[Piece, ...]]:
-    window = row_major(shape)
-    return lambda: (Piece(window, window, name),)
 
 
 def _files(made: Manifest, parallel: Parallel, named: pattern.Pattern, most: int) -> list[tuple[int, File]]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +27,11 @@ from shardtool.stores.base import Object, Store
 
 MAX_SIDE = 64 << 20
 """Bytes of a side file that comes along at most."""
-SAMPLED = 64
+SAMPLED = 1024
+"""Tensors that are sampled at most."""
 SAMPLE = 4096
+"""Bytes that are sampled at each end of a tensor."""
+_SAMPLERS = 8
 _WEIGHTS = re.compile(
     r"\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|onnx|onnx_data|h5|msgpack|ot|tflite|npz|npy|tensors|mlmodel|pdparams|index\.json)$"
 )
@@ -195,18 +199,23 @@ def amended(text: str, amendments: Mapping[str, Any]) -> bytes:
 
 
 def sample_of(source: Source) -> str:
-    """A digest that tells two models of one shape apart: the ends of up to 64 tensors. Carried along by resharding."""
+    """A digest that tells two models of one shape apart: both ends of up to some thousand tensors, evenly chosen.
+
+    Resharding carries it along.
+    """
     if source.origin is not None and source.origin.sample:
         return source.origin.sample
-    total = []
-    step = max(1, len(source.stored) // SAMPLED)
-    for stored in source.stored[::step]:
+
+    def ends(stored: Stored) -> str:
         n = min(SAMPLE, stored.nbytes)
-        for at in {0, stored.nbytes - n}:
-            data = bytearray(n)
-            source.store.readinto(stored.key, stored.offset + at, memoryview(data))
-            total.append(digest.of_bytes(bytes(data)))
-    return digest.of_bytes("".join(sorted(total)).encode())
+        data = bytearray(2 * n)
+        source.store.readinto(stored.key, stored.offset, memoryview(data)[:n])
+        source.store.readinto(stored.key, stored.offset + stored.nbytes - n, memoryview(data)[n:])
+        return digest.of_bytes(bytes(data))
+
+    step = -(-len(source.stored) // SAMPLED) or 1
+    with ThreadPoolExecutor(_SAMPLERS) as pool:
+        return digest.of_bytes("".join(pool.map(ends, source.stored[::step])).encode())
 
 
 def equal_in(source: Source, block: memoryview) -> Callable[[str, str], bool]:
@@ -252,10 +261,13 @@ def _digest_of(store: Store, found: Object) -> str:
     return running.hexdigest()
 
 
-def write_side_files(source: Source, config: bytes, to: Store) -> None:
-    """Copy the side files and write the config. Those that are there already are replaced."""
-    to.put(CONFIG, config)
+def write_side_files(source: Source, config: bytes, to: Store, keys: Set[str]) -> None:
+    """Copy the side files of these names, config.json as given. Those that are there already are replaced."""
+    if CONFIG in keys:
+        to.put(CONFIG, config)
     for found in source.side:
+        if found.key not in keys:
+            continue
         writer = to.create(found.key, found.size)
         try:
             block = memoryview(bytearray(max(1, min(found.size, max(COPIED, writer.unit)))))

@@ -33,14 +33,13 @@ from shardtool.ops import source as sources
 from shardtool.ops import structure
 from shardtool.ops.source import Source
 from shardtool.ops.structure import FileCheck
-from shardtool.ops.write import CONCURRENCY, DEPTH, READ, STEP, UNLIMITED
-from shardtool.plan import Catalog, File, Piece, Stored, Tensor
+from shardtool.ops.write import DEPTH, READ, STEP, UNLIMITED, readers
+from shardtool.plan import Catalog, File, Piece, Stored, Tensor, itself
 from shardtool.schedule import Target, whole_target
 from shardtool.sinks.compare import CompareSink, Difference
 from shardtool.sinks.digest import DigestSink
 from shardtool.stores.base import Store
 from shardtool.units import parse_size, show_size
-from shardtool.window import row_major
 
 Told = Callable[[int, int], None] | None
 
@@ -194,7 +193,7 @@ def _run(
 
     want = max(1, min(STEP, arena.size // DEPTH))
     steps = schedule.steps(groups, limit=arena.size, want=want, longest=min(READ, want))
-    execute(steps, store, arena, readers=concurrency or CONCURRENCY, progress=tell)
+    execute(steps, store, arena, readers=readers(concurrency), progress=tell)
     return done
 
 
@@ -350,13 +349,7 @@ def _whole_tensors(checkpoint: Checkpoint, other: Source, report: Report) -> Ite
                 _apart(name, tensor, stored.key, f"it is {expected.dtype.name} {list(expected.shape)} in {other.uri}")
             )
         else:
-            yield from _one(_itself(name, stored), None, stored, other.catalog, report)
-
-
-def _itself(name: str, stored: Stored) -> Tensor:
-    """A tensor that should equal the other side's of the same name."""
-    window = row_major(stored.shape)
-    return Tensor(name, stored.dtype, stored.shape, lambda: (Piece(window, window, name),))
+            yield from _one(itself(name, stored.dtype, stored.shape), None, stored, other.catalog, report)
 
 
 def _apart(name: str, tensor: Tensor, key: str, why: str, rank: int | None = None) -> TensorDifference:
@@ -407,7 +400,7 @@ def _rank_tensors(checkpoint: Checkpoint, made: Manifest, other: Source, report:
     for name, (file, _) in checkpoint.entries().items():
         if name in other.catalog:
             stored = file.stored()[name]
-            yield from _one(_itself(name, stored), None, stored, other.catalog, report)
+            yield from _one(itself(name, stored.dtype, stored.shape), None, stored, other.catalog, report)
 
 
 def _one(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from heapq import merge
 from itertools import groupby
@@ -50,12 +50,19 @@ _DAMAGED = (NotFound, FormatError, ValueError, KeyError, TypeError, AttributeErr
 """What reading a record raises that is not whole, or gone because another worker has committed."""
 
 
+def readers(concurrency: int | None, default: int = CONCURRENCY) -> int:
+    """The number of reading threads. Raises ``UsageError`` for one that cannot be."""
+    if concurrency is not None and not 1 <= concurrency <= 1024:
+        raise UsageError(f"--concurrency {concurrency} is not a number of readers from 1 to 1024")
+    return default if concurrency is None else concurrency
+
+
 @dataclass(frozen=True)
 class Job:
     """A checkpoint to write. ``files``: each with its part; those of one part are written together.
 
-    ``commit``: writes what makes the checkpoint complete, from all records; ``committed``: whether the output is
-    this very checkpoint already.
+    ``beside``: the side files, of which ``write_beside`` writes some; ``commit``: writes the mark of the complete
+    checkpoint, from all records; ``committed``: whether the output bears this very mark already.
     """
 
     what: str
@@ -63,6 +70,8 @@ class Job:
     files: tuple[tuple[int, File], ...]
     catalog: Catalog
     source: Store
+    beside: Set[str]
+    write_beside: Callable[[Store, Set[str]], None]
     commit: Callable[[Store, Sequence[FileRecord]], None]
     committed: Callable[[Store], bool]
     stale: Callable[[str], bool]  # whether --overwrite may remove a file of this name
@@ -238,13 +247,14 @@ def run(
     """
     files = job.of_ranks(ranks)
     memory = _memory(job, files, to, memory_limit)
+    threads = readers(concurrency)
     done = _begin(job, to, overwrite=overwrite)
     if done is None:
         return _finished(job, files, memory, kept=sum(file.size for _, file in files))
     left = tuple((part, file) for part, file in files if file.key not in done)
     total = sum(file.size for _, file in files)
     kept = total - sum(file.size for _, file in left)
-    reads = _write(job, left, to, memory, concurrency or CONCURRENCY, _told(progress, kept, total))
+    reads = _write(job, left, to, memory, threads, _told(progress, kept, total))
     complete = _commit(job, to)
     result = _summary(job, files, memory, reads)
     return Summary(**{**_fields(result), "written": total - kept, "kept": kept, "complete": complete})
@@ -273,7 +283,7 @@ def _told(progress: Callable[[int, int], None] | None, done: int, total: int) ->
 
 
 def _write(
-    job: Job, left: Sequence[tuple[int, File]], to: Store, memory: _Memory, readers: int, progress: Progress | None
+    job: Job, left: Sequence[tuple[int, File]], to: Store, memory: _Memory, threads: int, progress: Progress | None
 ) -> int:
     """Write some files; returns the bytes that were read."""
     slots = Slots(memory.slots, memory.unit)
@@ -296,7 +306,7 @@ def _write(
         arena = Arena(memory.arena)
         for wave in _waves(left):
             # A part is durable before the next begins, so that a killed run loses one part at most.
-            execute(counted(wave), job.source, arena, readers=readers, progress=progress, stop=slots.stop)
+            execute(counted(wave), job.source, arena, readers=threads, progress=progress, stop=slots.stop)
         for sink in sinks.values():
             if not sink.file.data_size:
                 sink.open()
@@ -318,6 +328,8 @@ def _begin(job: Job, to: Store, *, overwrite: bool) -> set[str] | None:
     except NotFound:
         found = {}
     if job.committed(to) and all(found.get(file.key) == file.size for _, file in job.files) and not overwrite:
+        if not job.beside <= found.keys():  # what is there stays, it may have been edited
+            job.write_beside(to, job.beside - found.keys())
         if any(key.startswith(job.prefix) for key in found):  # a run was killed between its commit and its end
             _tidy(job, to)
         return None
@@ -410,6 +422,7 @@ def _commit(job: Job, to: Store) -> bool:
     sizes = {thing.key: thing.size for thing in to.list()}
     records = {record.key: record for record in _records(job, to) if sizes.get(record.key) == record.size}
     if all(file.key in records for _, file in job.files):
+        job.write_beside(to, job.beside)
         try:
             job.commit(to, [records[file.key] for _, file in job.files])
         except AlreadyExists:
