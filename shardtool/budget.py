@@ -15,7 +15,8 @@ import sys
 from bisect import insort
 from threading import Condition
 
-from shardtool.errors import BudgetTooSmall
+from shardtool.errors import BudgetTooSmall, UsageError
+from shardtool.units import parse_size, show_size
 
 HUGE = 2 << 20
 DEFAULT_MOST = 256 << 20
@@ -166,6 +167,24 @@ def _evictable(group: str) -> int:
 def default_limit() -> int:
     """The memory limit of a run that was given none."""
     return max(64 << 20, min(DEFAULT_MOST, available() // 2))
+
+
+def limit_of(memory_limit: int | str | None, *, least: int, what: str, most: int) -> int:
+    """Bytes that a run may take: a number or a text such as ``64MiB``; None is the default, -1 ``most``, 0 ``least``.
+
+    Raises ``BudgetTooSmall`` with the number that would do for ``what``.
+    """
+    limit = default_limit() if memory_limit is None else parse_size(memory_limit, "--memory-limit")
+    if limit == -1 or memory_limit is None:
+        return max(limit if memory_limit is None else most, least)
+    if limit < -1:
+        raise UsageError(f"--memory-limit {limit} is not a size; -1 is no limit and 0 the least that does")
+    if 0 < limit < least:
+        raise BudgetTooSmall(
+            f"--memory-limit {show_size(limit)} is too small for {what}: {least} bytes ({show_size(least)}) would do",
+            needed=least,
+        )
+    return limit or least
 
 
 def peak_memory() -> int:

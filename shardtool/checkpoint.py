@@ -19,9 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from shardtool import header, manifest, pattern
+from shardtool import digest, header, manifest, pattern
 from shardtool.dtypes import DType
-from shardtool.errors import FormatError, Incomplete, NotFound, UsageError
+from shardtool.errors import ChecksumMismatch, FormatError, Incomplete, NotFound, UsageError
 from shardtool.header import Entry, Header
 from shardtool.manifest import Manifest
 from shardtool.mosaic import invert
@@ -49,6 +49,7 @@ class WeightFile:
     header: Header
     rank: int | None = None
     part: int = 0
+    version: str = ""  # of the object, as its store tells it
 
     def stored(self) -> dict[str, Stored]:
         """Where each tensor's bytes lie. Types narrower than a byte are taken as the bytes that hold them."""
@@ -93,7 +94,8 @@ class Checkpoint:
                     continue
                 if entry.name in found:
                     raise FormatError(
-                        f"{self.uri}: tensor {entry.name!r} is in {found[entry.name][0].key} and in {file.key}"
+                        f"{self.uri}: tensor {entry.name!r} is in {found[entry.name][0].key} and in {file.key}: remove "
+                        "one of them, or say in an index which file counts"
                     )
                 found[entry.name] = (file, entry)
         return found
@@ -136,8 +138,11 @@ def parse_config(text: str, where: str) -> dict[str, Any]:
     return config
 
 
-def read_header(store: Store, key: str, size: int) -> Header:
-    """The checked header of one file. Raises ``FormatError`` that names it."""
+def read_header(store: Store, key: str, size: int, expected: str | None = None) -> Header:
+    """The checked header of one file. Raises ``FormatError`` that names it.
+
+    Where a digest is ``expected``, another one is a ``ChecksumMismatch``.
+    """
     where = store.locate(key)
     first = bytearray(min(size, FIRST_READ))
     if first:
@@ -148,6 +153,10 @@ def read_header(store: Store, key: str, size: int) -> Header:
         have = len(text)
         text.extend(bytes(n - have))
         store.readinto(key, 8 + have, memoryview(text)[have:])
+    if expected is not None and digest.of_bytes(bytes(first[:8] + text)) != expected:
+        raise ChecksumMismatch(
+            f"{where}: its header differs from its digest; restore the file, shardtool verify tells what else is wrong"
+        )
     return header.parse(bytes(text), size, where)
 
 
@@ -157,9 +166,9 @@ def open_checkpoint(uri: str | os.PathLike[str], *, shard_pattern: str | None = 
     Reads headers and the manifest or the index, no tensor.
     """
     uri = os.fspath(uri)
-    if uri.endswith(".safetensors"):
-        folder, _, name = uri.rpartition("/")
-        with open_store(folder or ("/" if uri.startswith("/") else ".")).closed_on_failure() as store:
+    if single := single_file(uri):
+        folder, name = single
+        with open_store(folder).closed_on_failure() as store:
             return Checkpoint(uri, store, "huggingface", _files(store, [(store.stat(name), None, 0)]))
     with open_store(uri).closed_on_failure() as store:
         try:
@@ -167,7 +176,19 @@ def open_checkpoint(uri: str | os.PathLike[str], *, shard_pattern: str | None = 
         except NotFound:
             return _without_manifest(uri, store, shard_pattern)
         found = manifest.decode(data, store.locate(manifest.KEY))
+        if shard_pattern is not None and shard_pattern != found.pattern:
+            raise UsageError(
+                f"--pattern {shard_pattern!r}: the shards in {uri} are named {found.pattern!r}; leave it out"
+            )
         return Checkpoint(uri, store, "sharded", (), found)
+
+
+def single_file(uri: str) -> tuple[str, str] | None:
+    """Folder and name, if the URI names one safetensors file and not a folder that is called like one."""
+    if not uri.endswith(".safetensors") or os.path.isdir(uri):
+        return None
+    folder, _, name = uri.rpartition("/")
+    return folder or ("/" if uri.startswith("/") else "."), name
 
 
 def with_headers(checkpoint: Checkpoint, ranks: Iterable[int] | None = None) -> Checkpoint:
@@ -186,15 +207,20 @@ def with_headers(checkpoint: Checkpoint, ranks: Iterable[int] | None = None) -> 
                 f"{checkpoint.store.locate(record.key)} is missing; the manifest lists it, restore it or save again"
             ) from None
         jobs.append((found, record.rank, record.part))
-    return Checkpoint(
-        checkpoint.uri, checkpoint.store, checkpoint.kind, _files(checkpoint.store, jobs), checkpoint.manifest
-    )
+    files = _files(checkpoint.store, jobs, {record.key: record.header for record in checkpoint.manifest.files})
+    return Checkpoint(checkpoint.uri, checkpoint.store, checkpoint.kind, files, checkpoint.manifest)
 
 
-def _files(store: Store, jobs: list[tuple[Object, int | None, int]]) -> tuple[WeightFile, ...]:
+def _files(
+    store: Store, jobs: list[tuple[Object, int | None, int]], digests: Mapping[str, str] | None = None
+) -> tuple[WeightFile, ...]:
+    """Files with their headers, which must have these digests where there are some."""
+    expected = digests or {}
+
     def one(job: tuple[Object, int | None, int]) -> WeightFile:
         found, rank, part = job
-        return WeightFile(found.key, found.size, read_header(store, found.key, found.size), rank, part)
+        text = read_header(store, found.key, found.size, expected.get(found.key))
+        return WeightFile(found.key, found.size, text, rank, part, found.version)
 
     if len(jobs) < 2:
         return tuple(map(one, jobs))
@@ -280,7 +306,7 @@ def _only(file: WeightFile, names: set[str]) -> WeightFile:
     """The file with the tensors that the index takes from it."""
     entries = tuple(entry for entry in file.header.entries if entry.name in names)
     return WeightFile(
-        file.key, file.size, Header(entries, file.header.metadata, file.header.data_offset), file.rank, file.part
+        file.key, file.size, Header(entries, file.header.metadata, file.header.data_offset), version=file.version
     )
 
 

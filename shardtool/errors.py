@@ -24,7 +24,10 @@ A message is one sentence that names the file, tensor, rank or flag, and says wh
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class ShardtoolError(Exception):
@@ -32,6 +35,10 @@ class ShardtoolError(Exception):
 
     exit_code: ClassVar[int] = 1
     retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str = "") -> None:
+        """``message`` may quote names that somebody else chose: what would break the line is escaped."""
+        super().__init__(_CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), message))
 
 
 class UsageError(ShardtoolError):

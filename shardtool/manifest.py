@@ -14,11 +14,12 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
-from shardtool import digest, recipe
+from shardtool import digest, pattern, recipe
 from shardtool.dtypes import DType
-from shardtool.errors import FormatError
+from shardtool.errors import FormatError, UsageError
 from shardtool.mosaic import Logical
 from shardtool.recipe import SLOT, Recipe
 
@@ -28,6 +29,10 @@ KEPT = ".shardtool/kept.safetensors"
 FORMAT = "shardtool/1"
 MAX_BYTES = 1 << 30
 """Bytes of manifest that are read at most."""
+MOST_RANKS = 1024
+MOST_TENSORS = 1 << 20
+MOST_LETTERS = 128 << 20
+"""Source tensors, and letters of their names, that a manifest may have: runs of numbers say many in a few bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,9 +195,11 @@ def decode(data: bytes, where: str) -> Manifest:
     try:
         if data != _signed(table):
             raise FormatError(f"{where} is damaged: its digest does not match its content")
-        return _from_json(table, where)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise FormatError(f"{where} is damaged: {error!r}") from None
+        made = _from_json(table, where)
+        _check(made)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise FormatError(f"{where} is damaged: {repr(error)[:300]}") from None
+    return made
 
 
 def _from_json(table: Mapping[str, Any], where: str) -> Manifest:
@@ -219,6 +226,37 @@ def _from_json(table: Mapping[str, Any], where: str) -> Manifest:
         ),
         files=tuple(FileRecord.from_json(f) for f in table["files"]),
     )
+
+
+def _check(made: Manifest) -> None:
+    """What each value alone does not show: names, ranks and windows that do not fit together. Raises ``ValueError``."""
+    if not (1 <= made.tp <= MOST_RANKS and 1 <= made.pp <= MOST_RANKS):
+        raise ValueError(f"tp {made.tp} and pp {made.pp} are not numbers of ranks")
+    ranks = made.tp * made.pp
+    try:
+        pattern.parse(made.pattern, tp=made.tp, pp=made.pp)
+    except UsageError as error:
+        raise ValueError(str(error)) from None
+    for key in [record.key for record in made.files]:
+        if not key.endswith(".safetensors") or (key.startswith(PRIVATE) and key != KEPT):
+            raise ValueError(f"{key!r} is not a name of a shard")
+    for key in [side.key for side in made.side_files]:
+        if key == KEY or key.startswith(PRIVATE) or key.endswith((".safetensors", ".safetensors.index.json")):
+            raise ValueError(f"{key!r} is not a name of a side file")
+    keys = [record.key for record in made.files] + [side.key for side in made.side_files]
+    if len(set(keys)) != len(keys):
+        raise ValueError("two files have the same name")
+    if any(record.rank is not None and record.rank >= ranks for record in made.files):
+        raise ValueError(f"a file belongs to a rank beyond the {ranks} that there are")
+    for rule in made.recipe.rules:
+        if any(share.ranks and max(share.ranks) >= ranks for share in rule.shares):
+            raise ValueError(f"{rule.name!r} has a rank beyond the {ranks} that there are")
+        for name, windows in rule.sources().items():
+            end = max(window.bounds[1] for window in windows)
+            for i in (rule.index or (None,)) if SLOT in name else (None,):
+                logical = made.inventory.get(recipe.filled(name, i))
+                if logical is not None and end > prod(logical.shape):
+                    raise ValueError(f"{rule.name!r} takes elements of {name!r} that are beyond its last")
 
 
 def _canonical(value: Any) -> bytes:
@@ -258,6 +296,7 @@ def _key(value: Any) -> str:
         or "\\" in value
         or "\0" in value
         or any(p in ("", ".", "..") for p in value.split("/"))
+        or any(c < " " or c == "\x7f" for c in value)
     ):
         raise ValueError(f"{value!r} is not a name inside the checkpoint")
     return value
@@ -284,9 +323,13 @@ def _pack(inventory: Mapping[str, Logical]) -> list[dict[str, Any]]:
 
 def _unpack(value: Any) -> dict[str, Logical]:
     found: dict[str, Logical] = {}
+    counts = [recipe.count(entry["i"]) if "i" in entry else 1 for entry in value]
+    letters = sum(n * len(_text(entry["name"])) for n, entry in zip(counts, value, strict=True))
+    if sum(counts) > MOST_TENSORS or letters > MOST_LETTERS:
+        raise ValueError(f"it lists {sum(counts)} source tensors, whose names have {letters} letters")
     for entry in value:
-        tensor = Logical(DType[entry["dtype"]], tuple(_size(n) for n in entry["shape"]))
+        tensor = Logical(DType[entry["dtype"]], recipe.shape_of(entry["shape"]))
         numbers = recipe.from_runs(entry["i"]) if "i" in entry else (None,)
         for i in numbers:
-            found[recipe.filled(_text(entry["name"]), i)] = tensor
+            found[recipe.filled(entry["name"], i)] = tensor
     return dict(sorted(found.items()))

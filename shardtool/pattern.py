@@ -106,6 +106,11 @@ def parse(text: str, *, tp: int, pp: int = 1) -> Pattern:
     return made
 
 
+def matched_whole(uri: str) -> bool:
+    """Whether engines match ``*`` + pattern against the whole key at this address, as vLLM does in S3."""
+    return uri.lower().startswith("s3://")
+
+
 def check_names(
     pattern: Pattern, ranks: Sequence[tuple[int, int]], parts: int, taken: Iterable[str], *, whole_key: bool
 ) -> None:

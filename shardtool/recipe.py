@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from shardtool.dtypes import DType
@@ -22,6 +23,11 @@ from shardtool.plan import Piece, Tensor
 from shardtool.window import Window, row_major
 
 SLOT = "{i}"
+MOST_NUMBERS = 1 << 22
+"""Numbers of layers and ranks that a recipe may have in all: a few bytes of JSON must not ask for gigabytes."""
+MOST_DIMENSIONS = 64
+MOST_ELEMENTS = 1 << 59
+"""Elements that a tensor may have, of up to eight bytes each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,14 +133,21 @@ def runs(numbers: Iterable[int]) -> list[list[int]]:
     return found
 
 
+def count(value: Any) -> int:
+    """How many numbers such runs hold, without making them."""
+    total = 0
+    for first, past in value:
+        if type(first) is not int or type(past) is not int or not 0 <= first < past:
+            raise ValueError(f"the run {first!r}..{past!r} is not one of numbers")
+        total += past - first
+    return total
+
+
 def from_runs(value: Any) -> tuple[int, ...]:
     """The numbers of such runs; a million at most."""
-    numbers: list[int] = []
-    for first, past in value:
-        if not 0 <= first < past or past - first + len(numbers) > 1_000_000:
-            raise ValueError(f"the run {first}..{past} is not one of numbers")
-        numbers.extend(range(first, past))
-    return tuple(numbers)
+    if count(value) > 1_000_000:
+        raise ValueError(f"the runs hold {count(value)} numbers, more than a million")
+    return tuple(n for first, past in value for n in range(first, past))
 
 
 def to_json(recipe: Recipe) -> list[dict[str, Any]]:
@@ -172,33 +185,59 @@ def _piece_to_json(piece: Piece, shape: tuple[int, ...]) -> dict[str, Any]:
 def from_json(value: Any, where: str) -> Recipe:
     """The recipe that JSON values say, checked: windows stay inside their targets. Raises ``FormatError``."""
     try:
+        if sum(count(runs) for entry in value for runs in _all_runs(entry)) > MOST_NUMBERS:
+            raise ValueError(f"it has more than {MOST_NUMBERS} numbers of layers and ranks")
         return Recipe(tuple(_rule(entry) for entry in value))
-    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
-        raise FormatError(f"{where}: the recipe is damaged ({error!r})") from None
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError, AttributeError) as error:
+        raise FormatError(f"{where}: the recipe is damaged ({repr(error)[:300]})") from None
 
 
-def _sizes(values: Any) -> tuple[int, ...]:
-    if not isinstance(values, list) or not all(type(n) is int and 0 <= n < 1 << 60 for n in values):
-        raise ValueError(f"{values!r} are not sizes")
+def _all_runs(entry: Mapping[str, Any]) -> Iterator[Any]:
+    """The runs of a rule: small in JSON, large when they are numbers."""
+    yield entry.get("i", ())
+    for share in entry["shares"]:
+        yield share["ranks"]
+
+
+def sizes(values: Any) -> tuple[int, ...]:
+    """A shape, or what goes with one: no tensor has so many dimensions or elements that it could not be stored."""
+    if (
+        not isinstance(values, list)
+        or len(values) > MOST_DIMENSIONS
+        or not all(type(n) is int and 0 <= n < MOST_ELEMENTS for n in values)
+    ):
+        raise ValueError(f"{values!r:.100} are not sizes")
     return tuple(values)
+
+
+def shape_of(values: Any) -> tuple[int, ...]:
+    """A shape of a tensor that could be."""
+    shape = sizes(values)
+    if prod(shape) >= MOST_ELEMENTS:
+        raise ValueError(f"no tensor has the shape {list(shape)}")
+    return shape
 
 
 def _rule(entry: Mapping[str, Any]) -> Rule:
     index = from_runs(entry["i"]) if "i" in entry else ()
     if not isinstance(entry["name"], str) or bool(index) != (SLOT in entry["name"]):
         raise ValueError(f"the name {entry['name']!r} and its numbers do not fit")
-    return Rule(entry["name"], DType[entry["dtype"]], tuple(_share(share) for share in entry["shares"]), index)
+    shares = tuple(_share(share) for share in entry["shares"])
+    ranks = [rank for share in shares for rank in share.ranks]
+    if len(ranks) != len(set(ranks)):
+        raise ValueError(f"a rank has two shares of {entry['name']!r}")
+    return Rule(entry["name"], DType[entry["dtype"]], shares, index)
 
 
 def _share(entry: Mapping[str, Any]) -> Share:
-    shape = _sizes(entry["shape"])
+    shape = shape_of(entry["shape"])
     fill = entry.get("fill")
     if fill is not None and type(fill) not in (int, float):
         raise ValueError(f"the fill {fill!r} is not a number")
     pieces = tuple(_piece(piece, shape) for piece in entry["pieces"])
     end = row_major(shape).bounds[1]
     for piece in pieces:
-        if piece.dst.bounds[1] > end:
+        if piece.dst.bounds[1] > end or piece.dst.size > end:
             raise ValueError(f"a piece of {piece.source!r} leaves its target")
     return Share(from_runs(entry["ranks"]), shape, pieces, None if fill is None else float(fill))
 
@@ -209,7 +248,7 @@ def _piece(entry: Mapping[str, Any], shape: tuple[int, ...]) -> Piece:
     if "shape" not in entry:
         window = row_major(shape)
         return Piece(window, window, entry["of"])
-    box, to, of = _sizes(entry["shape"]), _sizes(entry["to"]), _sizes(entry["from"])
+    box, to, of = shape_of(entry["shape"]), sizes(entry["to"]), sizes(entry["from"])
     if not len(to) == len(of) == len(box) + 1:
         raise ValueError(f"a piece of {entry['of']!r} has windows of different shapes")
     return Piece(Window(to[0], box, to[1:]), Window(of[0], box, of[1:]), entry["of"])

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import shardtool
-from shardtool import stores
+from shardtool import digest, stores
 from shardtool.checkpoint import Checkpoint, logical, open_checkpoint, read_header, targets, with_headers
 from shardtool.dtypes import DType
-from shardtool.errors import FormatError, Incomplete, NotFound, UsageError
+from shardtool.errors import ChecksumMismatch, FormatError, Incomplete, NotFound, UsageError
 from shardtool.plan import Stored
 from shardtool.stores import open_store
 from tests.builders import (
@@ -225,8 +226,15 @@ def test_files_that_do_not_fit_the_recipe_are_refused(folder: Path, tmp_path: Pa
     shardtool.save(folder, tmp_path / "out", tp=2)
     held = rank_tensors(contents(tmp_path / "out"), 1)
     change(held)
-    put(tmp_path / "out", {"model-rank-1-part-0.safetensors": safetensors(held)})
-    found = with_headers(open_checkpoint(tmp_path / "out"))
+    data = safetensors(held)
+    put(tmp_path / "out", {"model-rank-1-part-0.safetensors": data})
+    found = open_checkpoint(tmp_path / "out")
+    assert found.manifest is not None
+    with pytest.raises(ChecksumMismatch, match=r"rank-1-part-0\.safetensors: its header differs from its digest"):
+        with_headers(found)
+    own = digest.of_bytes(data[: 8 + int.from_bytes(data[:8], "little")])
+    files = tuple(replace(file, header=own) if file.rank == 1 else file for file in found.manifest.files)
+    found = with_headers(replace(found, manifest=replace(found.manifest, files=files)))
     assert found.manifest is not None
     assert len(targets(found, found.manifest, 0)) == len(rank_tensors(contents(tmp_path / "out"), 0))
     with pytest.raises(kind, match=said):

@@ -121,7 +121,7 @@ def test_a_layer_is_read_once_in_long_ranges(rule: str, tp: int, much: int):
     world = World()
     for i, shape in enumerate(sizes):
         world.store(f"s{i}", DType.BF16, shape, lead=3)
-    shares = RULES[rule]("t", [Source(f"s{i}", shape) for i, shape in enumerate(sizes)], dims, tp)
+    shares = RULES[rule].cut("t", [Source(f"s{i}", shape) for i, shape in enumerate(sizes)], dims, tp)
     group = [world.target(shared("t", DType.BF16, share), rank) for share in shares for rank in share.ranks]
     limit = least([group]) * much
     done = world.run(steps([group], limit=limit, want=limit // 3, longest=8 << 20), limit)
@@ -156,7 +156,7 @@ def test_tiles_end_with_a_row_where_one_fits():
     """So that what is read for a band of rows is one range and is cut the same way everywhere."""
     world = World()
     world.store("s", DType.BF16, (1000, 300))
-    shares = RULES["row"]("t", [Source("s", (1000, 300))], Dims(1, 1, 1, 1), 2)
+    shares = RULES["row"].cut("t", [Source("s", (1000, 300))], Dims(1, 1, 1, 1), 2)
     group = [world.target(shared("t", DType.BF16, share), rank) for share in shares for rank in share.ranks]
     done = scheduled(world, [group], (0, 100_000, 8 << 20))
     assert len(done) > 2

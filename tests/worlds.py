@@ -215,7 +215,7 @@ def ruled(draw: Draw, world: World, rule: str, tp: int, only: int | None = None)
     for name, shape in zip(names, sizes, strict=True):
         world.store(name, dtype, shape, key, lead)
     staging = draw(st.sampled_from([0, 1, 1, 2]))
-    shares = RULES[rule](rule, [Source(name, world.stored[name].shape) for name in names], dims, tp)
+    shares = RULES[rule].cut(rule, [Source(name, world.stored[name].shape) for name in names], dims, tp)
     return [
         world.target(shared(names[0], to, share), rank, staging)
         for share in shares

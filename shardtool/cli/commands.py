@@ -18,7 +18,7 @@ from shardtool.cli.program import main
 
 if TYPE_CHECKING:
     from shardtool.cli.reports import Memory
-    from shardtool.ops.write import Summary
+    from shardtool.ops.job import Summary
 
 
 def _given(**values: Any) -> dict[str, Any]:

@@ -18,10 +18,10 @@ from shardtool.units import show_size
 
 if TYPE_CHECKING:
     from shardtool.ops.inspect import Inspection
+    from shardtool.ops.job import Summary
     from shardtool.ops.load import LoadReport
     from shardtool.ops.structure import FileCheck
     from shardtool.ops.verify import Report, TensorDifference
-    from shardtool.ops.write import Summary
 
 SHOWN = 5
 """Troubles of one file that are shown; JSON has all."""

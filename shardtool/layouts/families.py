@@ -230,7 +230,8 @@ def find(config: Mapping[str, Any]) -> Family:
         for family in FAMILIES:
             if name in family.architectures:
                 return family
-    said = f"the architecture {', '.join(names)}" if names else "no architecture in config.json"
+    shown = (name if name.isprintable() else repr(name) for name in names)
+    said = f"the architecture {', '.join(shown)}" if names else "no architecture in config.json"
     raise UnsupportedModel(f"{said} is not one that shardtool knows; known are {', '.join(known())}")
 
 

@@ -1,7 +1,7 @@
 """The vocabulary of layout tables: how one target is cut from its sources, for every rank.
 
-Each rule is a function from the sources' shapes to the ranks' shares, and back: ``unshard`` tells the sources'
-shapes from a rank's shape, so that shards without a manifest can be read too. Sources: vLLM 0.32
+Each rule is two functions: ``cut`` makes the ranks' shares from the sources' shapes, and ``unshard`` tells those shapes
+from a rank's shape, so that shards without a manifest can be read too. Sources: vLLM 0.32
 ``model_executor/layers/linear.py`` and ``vocab_parallel_embedding.py``.
 
 ========== ============================================================================= ==================
@@ -215,32 +215,56 @@ def vocab(target: str, sources: Sources, dims: Dims, tp: int) -> tuple[Share, ..
     return tuple(shares)
 
 
-Rule = Callable[[str, Sources, Dims, int], tuple[Share, ...]]
+def _same(shape: Shape, _sources: int, _dims: Dims, _tp: int) -> tuple[Shape, ...]:
+    return (shape,)
+
+
+def _nothing(_shape: Shape, _sources: int, _dims: Dims, _tp: int) -> tuple[Shape, ...]:
+    return ()
+
+
+def _all_rows(shape: Shape, _sources: int, _dims: Dims, tp: int) -> tuple[Shape, ...]:
+    return ((shape[0] * tp, *shape[1:]),)
+
+
+def _gate_and_up(shape: Shape, sources: int, dims: Dims, tp: int) -> tuple[Shape, ...]:
+    (both,) = _all_rows(shape, sources, dims, tp)
+    return ((both[0] // 2, *both[1:]),) * 2 if sources == 2 else (both,)
+
+
+def _all_columns(shape: Shape, _sources: int, _dims: Dims, tp: int) -> tuple[Shape, ...]:
+    return ((shape[0], shape[1] * tp),)
+
+
+def _heads(shape: Shape, sources: int, dims: Dims, _tp: int) -> tuple[Shape, ...]:
+    rest, q, kv = shape[1:], dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
+    return ((q, *rest), (kv, *rest), (kv, *rest)) if sources == 3 else ((q + 2 * kv, *rest),)
+
+
+def _unpadded(shape: Shape, _sources: int, dims: Dims, _tp: int) -> tuple[Shape, ...]:
+    return ((dims.vocab, *shape[1:]),)
+
+
+Cut = Callable[[str, Sources, Dims, int], tuple[Share, ...]]
+"""(target, sources, dims, tp) -> the ranks' shares. Raises ``PlanError`` where the engine would refuse."""
+Unshard = Callable[[Shape, int, Dims, int], tuple[Shape, ...]]
+"""(the shape that each rank holds, number of sources, dims, tp) -> the sources' shapes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A way of cutting, and how its sources' shapes are told from a rank's."""
+
+    cut: Cut
+    unshard: Unshard
+
+
 RULES: dict[str, Rule] = {
-    "column": column,
-    "copy": copy,
-    "gate_up": gate_up,
-    "qkv": qkv,
-    "row": row,
-    "scalar": scalar,
-    "vocab": vocab,
+    "column": Rule(column, _all_rows),
+    "copy": Rule(copy, _same),
+    "gate_up": Rule(gate_up, _gate_and_up),
+    "qkv": Rule(qkv, _heads),
+    "row": Rule(row, _all_columns),
+    "scalar": Rule(scalar, _nothing),
+    "vocab": Rule(vocab, _unpadded),
 }
-
-
-def unshard(rule: str, shape: Shape, sources: int, dims: Dims, tp: int) -> tuple[Shape, ...]:
-    """The shapes of a rule's sources, from the shape that each rank holds at this tp."""
-    if rule == "copy":
-        return (shape,)
-    if rule == "scalar":
-        return ()
-    rest = shape[1:]
-    if rule == "vocab":
-        return ((dims.vocab, *rest),)
-    if rule == "row":
-        return ((shape[0], shape[1] * tp),)
-    if rule == "qkv":
-        q, kv = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
-        return ((q, *rest), (kv, *rest), (kv, *rest)) if sources == 3 else ((q + 2 * kv, *rest),)
-    if rule == "gate_up" and sources == 2:
-        return ((shape[0] * tp // 2, *rest),) * 2
-    return ((shape[0] * tp, *rest),)

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from shardtool.dtypes import DType, castable
 from shardtool.errors import FormatError, PlanError, TensorMismatch, UnsupportedModel, UnsupportedTransform
 from shardtool.layouts.base import Model, Outline, Parallel
 from shardtool.layouts.families import ENGINE, ENGINE_VERSION, Family, Row, find, from_record, holds
-from shardtool.layouts.rules import RULES, Dims, Source, unshard
+from shardtool.layouts.rules import RULES, Dims, Source
 from shardtool.mosaic import Logical
 from shardtool.recipe import SLOT, Recipe, Rule, filled
 
@@ -99,7 +99,7 @@ class VllmLayout:
             target = filled(row.to, index[0])
             sources = [Source(name, shape) for name, shape in alike]
             _check_size(target, row, sources, dims, config)
-            shares = RULES[row.rule](target, sources, dims, tp)
+            shares = RULES[row.rule].cut(target, sources, dims, tp)
             dtype = DType.F32 if row.rule == "scalar" else model.dtype
             found.append(Rule(row.to, dtype, shares, tuple(index) if per_layer else ()))
         return found
@@ -146,7 +146,7 @@ class VllmLayout:
                     raise TensorMismatch(
                         f"the shards have no tensor {target!r}, which {self.family.architectures[0]} needs"
                     )
-                shapes = unshard(row.rule, held[target].shape, len(row.of), dims, tp)
+                shapes = RULES[row.rule].unshard(held[target].shape, len(row.of), dims, tp)
                 for name, shape in zip(row.of, shapes, strict=True):
                     sources.setdefault(filled(name, i), Logical(held[target].dtype, shape))
         if strange := sorted(set(held) - expected):
@@ -198,6 +198,14 @@ def _dims(family: Family, config: Mapping[str, Any]) -> Dims:
     return Dims(heads, kv_heads, head_dim, _integer(config, "vocab_size"))
 
 
+SIZES: dict[str, tuple[str, Callable[[Dims, Mapping[str, Any]], int]]] = {
+    "heads": ("heads times head_dim", lambda dims, _config: dims.heads * dims.head_dim),
+    "intermediate": ("intermediate_size", lambda _dims, config: _integer(config, "intermediate_size")),
+    "sinks": ("num_attention_heads", lambda dims, _config: dims.heads),
+}
+"""What ``Row.size`` may name: how config.json calls it, and its value."""
+
+
 def _check_size(target: str, row: Row, sources: list[Source], dims: Dims, config: Mapping[str, Any]) -> None:
     """Refuse sources whose cut dimension is not what config.json says.
 
@@ -205,12 +213,8 @@ def _check_size(target: str, row: Row, sources: list[Source], dims: Dims, config
     """
     if not row.size:
         return
-    if row.size == "intermediate":
-        want, said = _integer(config, "intermediate_size"), "intermediate_size"
-    elif row.size == "sinks":
-        want, said = dims.heads, "num_attention_heads"
-    else:
-        want, said = dims.heads * dims.head_dim, "heads times head_dim"
+    said, size = SIZES[row.size]
+    want = size(dims, config)
     dim = 1 if row.rule == "row" else 0
     times = 2 if row.rule == "gate_up" and len(sources) == 1 else 1
     for source in sources:

@@ -15,7 +15,7 @@ from shardtool.errors import NotFound, ShardtoolError, StoreError
 from shardtool.manifest import Manifest
 from shardtool.mosaic import Logical
 from shardtool.ops import source as sources
-from shardtool.ops.write import natural
+from shardtool.ops.job import natural
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from shardtool.checkpoint import Checkpoint, WeightFile, open_checkpoint, stored
 from shardtool.engine import execute
 from shardtool.errors import BudgetTooSmall, NotFound, TensorMismatch, UsageError
 from shardtool.header import Entry
-from shardtool.ops.write import readers
+from shardtool.ops.limits import readers
 from shardtool.plan import Tensor
 from shardtool.schedule import Target, whole_target
 from shardtool.units import parse_size, show_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,14 +15,16 @@ from shardtool.dtypes import DType, lossless
 from shardtool.errors import FormatError, NotFound, PlanError
 from shardtool.manifest import FileRecord, Manifest
 from shardtool.ops import source as sources
+from shardtool.ops.job import Job, Summary, split_parts
 from shardtool.ops.source import Source
 from shardtool.ops.verify import check_input
-from shardtool.ops.write import Job, Summary, run, split_parts, summary
+from shardtool.ops.write import run, summary
 from shardtool.plan import File, Tensor, itself
 from shardtool.stores import open_store
 from shardtool.stores.base import Store
 from shardtool.units import parse_size
 
+_WRITTEN = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 FILE_SIZE = 5 * 10**9
 """Bytes of a file at most, as Hugging Face splits them."""
 
@@ -56,7 +59,7 @@ def merge(
         with open_store(os.fspath(output)) as to:
             job = plan(source, source.origin, parse_size(max_part_size, "--max-part-size"))
             if dry_run:
-                return summary(job, to, memory_limit=limit)
+                return summary(job, to, memory_limit=limit, overwrite=overwrite)
             return run(
                 job, to, memory_limit=limit, concurrency=concurrency, ranks=None, overwrite=overwrite, progress=progress
             )
@@ -105,11 +108,13 @@ def plan(source: Source, origin: Manifest, most: int) -> Job:
         files=tuple(files),
         catalog=source.catalog,
         source=source.store,
+        weights=source.weights,
         beside={CONFIG, *(o.key for o in source.side)},
         write_beside=lambda store, keys: sources.write_side_files(source, config, store, keys),
         commit=commit,
         committed=committed,
-        stale=lambda key: key.endswith((".safetensors", ".safetensors.index.json")) and "/" not in key,
+        mark=INDEX,
+        stale=lambda key: bool(_WRITTEN.fullmatch(key)),
         notes=tuple(_notes(lost, narrowed)),
         details={"tensors": len(tensors), "dropped": sorted(lost), "narrowed": sorted(narrowed)},
     )

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from shardtool import pattern
 from shardtool.errors import PlanError
 from shardtool.ops import source as sources
+from shardtool.ops.job import Summary
 from shardtool.ops.save import PART_SIZE, convert
 from shardtool.ops.verify import check_input
-from shardtool.ops.write import Summary
 from shardtool.units import parse_size
 
 

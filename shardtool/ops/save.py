@@ -12,8 +12,9 @@ from shardtool.errors import FormatError, NotFound, UsageError
 from shardtool.layouts.base import Model, Outline, Parallel
 from shardtool.manifest import Dropped, FileRecord, Manifest
 from shardtool.ops import source as sources
+from shardtool.ops.job import Job, Summary, split_parts
 from shardtool.ops.source import Source
-from shardtool.ops.write import Job, Summary, run, split_parts, summary
+from shardtool.ops.write import run, summary
 from shardtool.plan import File, Tensor, itself
 from shardtool.stores import open_store
 from shardtool.stores.base import Store
@@ -100,7 +101,7 @@ def convert(
             keep_dropped=keep_dropped,
         )
         if dry_run:
-            return summary(job, to, memory_limit=memory_limit, ranks=ranks)
+            return summary(job, to, memory_limit=memory_limit, ranks=ranks, overwrite=overwrite)
         return run(
             job,
             to,
@@ -145,7 +146,7 @@ def plan(
     files = _files(made, parallel, named, max_part_size)
     parts = max(part for part, _ in files) + 1
     places = [parallel.place(rank) for rank in parallel.ranks]
-    pattern.check_names(named, places, parts, [s.key for s in side], whole_key=to.uri.startswith("s3://"))
+    pattern.check_names(named, places, parts, [s.key for s in side], whole_key=pattern.matched_whole(to.uri))
     if kept := _kept_file(made, source):
         files.append((0, kept))
     names = named.regex()
@@ -166,14 +167,16 @@ def plan(
         files=tuple(files),
         catalog=source.catalog,
         source=source.store,
+        weights=source.weights,
         beside={s.key for s in side},
         write_beside=lambda store, keys: sources.write_side_files(source, config, store, keys),
         commit=commit,
         committed=committed,
+        mark=manifest.KEY,
         stale=lambda key: bool(names.fullmatch(key)) or ("/" not in key and key.endswith(".safetensors.index.json")),
         notes=tuple(_notes(source, made)),
         details={
-            "architecture": layout.family.architectures[0],
+            "architecture": str((source.config.get("architectures") or layout.family.architectures)[0]),
             "tp": parallel.tp,
             "dtype": held.name,
             "engine": f"{made.layout['engine']} {made.layout['engine_version']}",

@@ -52,6 +52,7 @@ class Source:
     side: tuple[Object, ...]
     skipped: tuple[Object, ...]  # side files that are too large
     stored: tuple[Stored, ...]
+    weights: tuple[Object, ...]
     origin: Manifest | None = None
 
 
@@ -81,6 +82,7 @@ def _whole(checkpoint: Checkpoint) -> Source:
         side=side,
         skipped=skipped,
         stored=tuple(tensor.stored for _, tensor in sorted(catalog.items()) if tensor.stored),
+        weights=_weights(checkpoint),
     )
 
 
@@ -101,15 +103,21 @@ def sharded(checkpoint: Checkpoint, made: Manifest) -> Source:
         side=side,
         skipped=skipped,
         stored=tuple(stored for rank in checkpoint.ranks for _, stored in sorted(checkpoint.held(rank).items())),
+        weights=_weights(checkpoint),
         origin=made,
     )
+
+
+def _weights(checkpoint: Checkpoint) -> tuple[Object, ...]:
+    """The files that hold the tensors."""
+    return tuple(Object(file.key, file.size, file.version) for file in checkpoint.files)
 
 
 def _side_files(objects: Any) -> tuple[tuple[Object, ...], tuple[Object, ...]]:
     """The files that come along, config.json aside, and those that are too large to."""
     objects = list(objects)
     # folders with models of their own stay behind
-    models = {o.key.split("/")[0] for o in objects if "/" in o.key and _WEIGHTS.search(o.key)}
+    models = {o.key.split("/")[0] for o in objects if "/" in o.key and o.key.endswith((".safetensors", "/config.json"))}
     plain = [
         o
         for o in objects
@@ -247,16 +255,17 @@ def side_records(source: Source, config: bytes) -> tuple[SideFile, ...]:
     if source.origin is not None and source.origin.side_files:
         rest = [s for s in source.origin.side_files if s.key != CONFIG]
     else:
-        rest = [SideFile(o.key, o.size, _digest_of(source.store, o)) for o in source.side]
+        rest = [SideFile(o.key, o.size, digest_of(source.store, o.key, o.size)) for o in source.side]
     return tuple(sorted([*rest, SideFile(CONFIG, len(config), digest.of_bytes(config))], key=lambda s: s.key))
 
 
-def _digest_of(store: Store, found: Object) -> str:
+def digest_of(store: Store, key: str, size: int) -> str:
+    """The blake3 of an object, read block by block."""
     running = digest.Running()
-    block = memoryview(bytearray(min(COPIED, max(1, found.size))))
-    for at in range(0, found.size, len(block)):
-        view = block[: min(len(block), found.size - at)]
-        store.readinto(found.key, at, view)
+    block = memoryview(bytearray(min(COPIED, max(1, size))))
+    for at in range(0, size, len(block)):
+        view = block[: min(len(block), size - at)]
+        store.readinto(key, at, view)
         running.update(view)
     return running.hexdigest()
 

@@ -5,6 +5,7 @@ Everything found wrong is collected; nothing is raised, so that one look tells a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -13,7 +14,8 @@ from shardtool.checkpoint import Checkpoint, WeightFile
 from shardtool.errors import PlanError, ShardtoolError, StoreError
 from shardtool.manifest import FileRecord, Manifest
 from shardtool.mosaic import Logical, check_target, held_once
-from shardtool.plan import Tensor
+from shardtool.ops.source import digest_of
+from shardtool.plan import Stored, Tensor
 from shardtool.recipe import Recipe, filled
 from shardtool.stores.base import Store
 from shardtool.window import Window
@@ -120,10 +122,15 @@ def _foreign(store: Store, made: Manifest) -> list[FileCheck]:
     names = pattern.parse(made.pattern, tp=made.tp, pp=made.pp).regex()
     own = {record.key for record in made.files}
     why = "foreign: the manifest does not know it, but an engine would read it"
+
+    def read(key: str) -> bool:
+        """An engine globs in one folder; in an object store it takes every key that ends in a shard's name."""
+        if pattern.matched_whole(store.uri):
+            return re.search(f"(?:{names.pattern})$", key) is not None
+        return names.fullmatch(key) is not None or ("/" not in key and key.endswith(".safetensors"))
+
     return [
-        FileCheck(thing.key, thing.size, [why])
-        for thing in store.list()
-        if thing.key not in own and (names.fullmatch(thing.key) or thing.key.endswith(".safetensors"))
+        FileCheck(thing.key, thing.size, [why]) for thing in store.list() if thing.key not in own and read(thing.key)
     ]
 
 
@@ -180,8 +187,11 @@ def _covered(
     return trouble
 
 
-def check_shards(checkpoint: Checkpoint, made: Manifest | None) -> list[FileCheck]:
-    """Rank files without a manifest: every rank and part is there, and holds what the engine's table says."""
+def check_shards(checkpoint: Checkpoint, made: Manifest | None, trouble: str | None) -> list[FileCheck]:
+    """Rank files without a manifest: every rank and part is there, and holds what the engine's table says.
+
+    ``trouble``: why there is no recipe although config.json and the tables should give one.
+    """
     checks = [FileCheck(file.key, file.size) for file in checkpoint.files]
     whole = FileCheck(WHOLE)
     ranks = checkpoint.ranks
@@ -189,26 +199,36 @@ def check_shards(checkpoint: Checkpoint, made: Manifest | None) -> list[FileChec
     for rank in ranks:
         parts = sorted(file.part for file in checkpoint.files if file.rank == rank)
         whole.why += [f"rank {rank} has no part {part}" for part in range(parts[-1]) if part not in parts]
+    whole.missing = bool(whole.why) and trouble is None
+    if trouble is not None:
+        whole.why.append(trouble)
     try:
-        names = {rank: set(checkpoint.held(rank)) for rank in ranks}
+        held = {rank: {name: _kind(s) for name, s in checkpoint.held(rank).items()} for rank in ranks}
     except ShardtoolError as error:
         whole.why.append(str(error))
-        names = {}
-    wanted = (
-        {rank: {t.name for t in made.recipe.tensors(rank)} for rank in ranks}
-        if made
-        else dict.fromkeys(names, names.get(0, set()))
-    )
-    for rank, held in names.items():
-        whole.why += _unlike(rank, held, wanted[rank])
+        held = {}
+    for rank, tensors in held.items():
+        wanted = {t.name: _kind(t) for t in made.recipe.tensors(rank)} if made else held.get(0, {})
+        whole.why += _unlike(rank, tensors, wanted, shapes=made is not None)
     return [*checks, *([whole] if whole.why else [])]
 
 
-def _unlike(rank: int, held: set[str], wanted: set[str]) -> Iterable[str]:
-    if lost := sorted(wanted - held):
+def _kind(tensor: Tensor | Stored) -> str:
+    """Dtype and shape, as people read them."""
+    return f"{tensor.dtype.name} {list(tensor.shape)}"
+
+
+def _unlike(rank: int, held: Mapping[str, str], wanted: Mapping[str, str], *, shapes: bool) -> Iterable[str]:
+    if lost := sorted(wanted.keys() - held.keys()):
         yield f"rank {rank} lacks {len(lost)} tensors, first {lost[0]!r}"
-    if extra := sorted(held - wanted):
+    if extra := sorted(held.keys() - wanted.keys()):
         yield f"rank {rank} has {len(extra)} tensors too many, first {extra[0]!r}"
+    if shapes and (other := sorted(name for name in held.keys() & wanted.keys() if held[name] != wanted[name])):
+        name = other[0]
+        yield (
+            f"rank {rank} has {len(other)} tensors of another dtype or shape, first {name!r}: {held[name]} instead of "
+            f"{wanted[name]}"
+        )
 
 
 def check_side_files(checkpoint: Checkpoint, made: Manifest, *, digests: bool) -> list[FileCheck]:
@@ -227,13 +247,6 @@ def check_side_files(checkpoint: Checkpoint, made: Manifest, *, digests: bool) -
             continue
         if size != side.size:
             check.why.append(f"{size} bytes, the manifest says {side.size}")
-        elif digests:
-            running = digest.Running()
-            block = memoryview(bytearray(min(1 << 20, max(1, size))))
-            for at in range(0, size, len(block)):
-                view = block[: min(len(block), size - at)]
-                checkpoint.store.readinto(side.key, at, view)
-                running.update(view)
-            if running.hexdigest() != side.blake3:
-                check.why.append("its bytes differ from its digest")
+        elif digests and digest_of(checkpoint.store, side.key, size) != side.blake3:
+            check.why.append("its bytes differ from its digest")
     return checks

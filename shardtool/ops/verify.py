@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from shardtool import digest, schedule
-from shardtool.budget import Arena, default_limit
+from shardtool.budget import Arena, limit_of
 from shardtool.checkpoint import Checkpoint, WeightFile, open_checkpoint
 from shardtool.dtypes import castable
 from shardtool.engine import execute
 from shardtool.errors import (
-    BudgetTooSmall,
     ChecksumMismatch,
     FormatError,
     Incomplete,
+    NotFound,
     ShardtoolError,
     StoreError,
     UnsupportedModel,
@@ -31,15 +31,15 @@ from shardtool.manifest import FileRecord, Manifest
 from shardtool.mosaic import Logical, resolve
 from shardtool.ops import source as sources
 from shardtool.ops import structure
+from shardtool.ops.limits import MOST, READ, readers, want
 from shardtool.ops.source import Source
 from shardtool.ops.structure import FileCheck
-from shardtool.ops.write import DEPTH, READ, STEP, UNLIMITED, readers
 from shardtool.plan import Catalog, File, Piece, Stored, Tensor, itself
 from shardtool.schedule import Target, whole_target
 from shardtool.sinks.compare import CompareSink, Difference
 from shardtool.sinks.digest import DigestSink
 from shardtool.stores.base import Store
-from shardtool.units import parse_size, show_size
+from shardtool.units import parse_size
 
 Told = Callable[[int, int], None] | None
 
@@ -117,7 +117,7 @@ def verify(
             report.files += structure.check_side_files(checkpoint, made, digests=not quick)
             checkpoint = Checkpoint(uri, checkpoint.store, checkpoint.kind, tuple(files), made)
             if against is not None:  # before hours are spent on digests
-                _expect(limit, _least(len(checkpoint.ranks), CompareSink.staging))
+                _limit(limit, len(checkpoint.ranks), CompareSink.staging)
             if not quick:
                 report.depth = "digests"
                 _digests(checkpoint.store, files, made, report, limit, concurrency, progress)
@@ -135,16 +135,19 @@ def _structure(checkpoint: Checkpoint, report: Report, *, quick: bool, compared:
     if checkpoint.manifest is not None:
         return checkpoint.manifest
     made = None
+    trouble = None
     if checkpoint.kind == "shards":
         try:
             made = sources.infer(checkpoint)
-        except UnsupportedModel as error:
+        except (UnsupportedModel, NotFound) as error:
             report.notes.append(f"only the files were compared with each other: {error}")
+        except Incomplete:  # the files tell it too
+            pass
         except StoreError:
             raise
-        except ShardtoolError as error:
-            report.notes.append(f"only the files were compared with each other: {error}")
-        report.files = structure.check_shards(checkpoint, made)
+        except ShardtoolError as error:  # they are not what config.json says
+            trouble = str(error)
+        report.files = structure.check_shards(checkpoint, made, trouble)
     else:
         report.files = [FileCheck(file.key, file.size) for file in checkpoint.files]
         checkpoint.entries()
@@ -154,29 +157,10 @@ def _structure(checkpoint: Checkpoint, report: Report, *, quick: bool, compared:
     return made
 
 
-def _least(files: int, staging: int) -> int:
-    """The memory without which ``files`` files cannot be read side by side."""
-    return max(1, files) * staging * (schedule.FLOOR + schedule.ALIGN) + schedule.FLOOR + schedule.ALIGN
-
-
-def _expect(limit: int | None, least: int) -> None:
-    """Refuse a limit that is too small, naming one that is not."""
-    if limit not in (None, -1, 0) and limit < least:
-        raise BudgetTooSmall(
-            f"--memory-limit {show_size(limit)} is too small to verify: {least} bytes would do", needed=least
-        )
-
-
-def _arena(limit: int | None, least: int) -> Arena:
-    """Memory of at least ``least`` bytes."""
-    _expect(limit, least)
-    if limit is None:
-        limit = default_limit()
-    elif limit == -1:
-        limit = UNLIMITED
-    elif limit == 0:
-        limit = least
-    return Arena(min(limit, UNLIMITED))
+def _limit(limit: int | None, files: int, staging: int) -> int:
+    """The memory limit for reading ``files`` files side by side."""
+    least = max(1, files) * staging * (schedule.FLOOR + schedule.ALIGN) + schedule.FLOOR + schedule.ALIGN
+    return limit_of(limit, least=least, what="a verification", most=MOST)
 
 
 def _run(
@@ -191,8 +175,8 @@ def _run(
         if progress is not None:
             progress(done, total)
 
-    want = max(1, min(STEP, arena.size // DEPTH))
-    steps = schedule.steps(groups, limit=arena.size, want=want, longest=min(READ, want))
+    step = want(arena.size)
+    steps = schedule.steps(groups, limit=arena.size, want=step, longest=min(READ, step))
     execute(steps, store, arena, readers=readers(concurrency), progress=tell)
     return done
 
@@ -219,7 +203,7 @@ def _digests(
     records = {record.key: record for record in made.files}
     sound = [file for file in files if checks[file.key].ok]
     side_by_side = max(1, min(8, len(sound)))
-    arena = _arena(limit, _least(side_by_side, 1))
+    arena = Arena(min(MOST, _limit(limit, side_by_side, 1)))
     total = sum(file.size for file in sound)
     sinks: dict[str, DigestSink] = {}
 
@@ -311,7 +295,7 @@ def _against(
             report.tensors += len(group)
             yield [Target(c.tensor, c.pieces, CompareSink(checkpoint.store, c.stored, found), 0, 2) for c in group]
 
-    arena = _arena(limit, _least(len(checkpoint.ranks), CompareSink.staging))
+    arena = Arena(min(MOST, _limit(limit, len(checkpoint.ranks), CompareSink.staging)))
     report.bytes += _run(groups(), other.store, arena, concurrency, progress, total)
     rank_of = {file.key: file.rank for file in checkpoint.files}
     names = {(file.key, e.offset): e.name for file in checkpoint.files for e in file.header.entries if e.nbytes}
@@ -379,10 +363,14 @@ def _same_inventory(checkpoint: Checkpoint, made: Manifest, other: Source, repor
 def _rank_tensors(checkpoint: Checkpoint, made: Manifest, other: Source, report: Report) -> Iterator[list[_Compared]]:
     """Rank files, every tensor of every rank, and what is kept beside them."""
     held = {rank: checkpoint.held(rank) for rank in checkpoint.ranks}
+    bad = {check.key for check in report.files if not check.ok}
+    reported = {record.rank for record in made.files if record.key in bad}  # what they lack needs no word more
     for every in made.recipe.by_name():
         group: list[_Compared] = []
         for rank, tensor in every:
             stored = held.get(rank, {}).pop(tensor.name, None)
+            if stored is None and rank in reported:
+                continue
             if stored is None:
                 report.differences.append(_apart(tensor.name, tensor, "", f"rank {rank} lacks it", rank))
             elif (stored.dtype, stored.shape) != (tensor.dtype, tensor.shape):

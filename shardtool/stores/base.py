@@ -23,7 +23,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
@@ -34,10 +34,15 @@ Buffer = memoryview | bytearray | bytes
 
 @dataclass(frozen=True, slots=True)
 class Object:
-    """One object of a store: its key and its size in bytes."""
+    """One object of a store: its key and its size in bytes.
+
+    ``version`` changes when the object does, if the store can tell (a time of change, an ETag); it does not make two
+    objects differ.
+    """
 
     key: str
     size: int
+    version: str = field(default="", compare=False)
 
 
 class Writer(ABC):

@@ -74,7 +74,7 @@ class LocalStore(Store):
         with self._explained(key):
             info = os.stat(path)
             _expect_file(path, info)
-        return Object(key, info.st_size)
+        return Object(key, info.st_size, str(info.st_mtime_ns))
 
     def readinto(self, key: str, start: int, view: memoryview) -> None:
         """Fill ``view`` from the file that is at this path now."""
@@ -339,7 +339,7 @@ def _walk(folder: str, base: str, prefix: str, above: tuple[str, ...]) -> Iterat
     real = os.path.realpath(folder)
     if real in above:
         return  # a link back to where we come from
-    found: list[tuple[str, int]] = []
+    found: list[tuple[str, int, int]] = []
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
@@ -354,17 +354,17 @@ def _walk(folder: str, base: str, prefix: str, above: tuple[str, ...]) -> Iterat
                 else:
                     wanted = stat.S_ISREG(info.st_mode) and key.startswith(prefix)
                 if wanted and is_key(entry.name):
-                    found.append((key, info.st_size))
+                    found.append((key, info.st_size, info.st_mtime_ns))
     except FileNotFoundError:
         return
     except OSError as error:
         raise _translated(error, folder, writing=False) from error
     # With its slash a folder sorts where the keys in it belong: "a.b" comes before "a/b".
-    for key, size in sorted(found):
+    for key, size, changed in sorted(found):
         if key.endswith("/"):
             yield from _walk(os.path.join(folder, key[len(base) : -1]), key, prefix, (*above, real))
         else:
-            yield Object(key, size)
+            yield Object(key, size, str(changed))
 
 
 def _sweep(folder: str) -> None:

@@ -25,12 +25,15 @@ class MemoryStore(Store):
     def list(self, prefix: str = "") -> Iterator[Object]:
         """The objects that are there now; what is committed while they are looked at is not among them."""
         with self._lock:
-            found = [Object(key, len(data)) for key, data in self._objects.items() if key.startswith(prefix)]
+            found = [
+                Object(key, len(data), str(id(data))) for key, data in self._objects.items() if key.startswith(prefix)
+            ]
         return iter(sorted(found, key=lambda object: object.key))
 
     def stat(self, key: str) -> Object:
         """Raises ``NotFound`` where there is no such object."""
-        return Object(key, len(self._get(check_key(key))))
+        data = self._get(check_key(key))
+        return Object(key, len(data), str(id(data)))
 
     def readinto(self, key: str, start: int, view: memoryview) -> None:
         """Copy the object's bytes from ``start`` into ``view``."""

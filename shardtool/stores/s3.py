@@ -69,11 +69,12 @@ class S3Store(Store):
             for item in page.get("Contents", ()):
                 key = item["Key"].removeprefix(self._prefix)
                 if is_key(key):
-                    yield Object(key, item["Size"])
+                    yield Object(key, item["Size"], item.get("ETag", ""))
 
     def stat(self, key: str) -> Object:
         """Raises ``NotFound`` where there is no such object."""
-        return Object(key, self._head(key)["ContentLength"])
+        head = self._head(key)
+        return Object(key, head["ContentLength"], head.get("ETag", ""))
 
     def readinto(self, key: str, start: int, view: memoryview) -> None:
         """Fill ``view``; what a broken connection did not bring is asked for again, the rest is not."""

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardtool.errors import PlanError
-from shardtool.layouts.rules import PAD, RULES, Dims, Source, padded_vocab, unshard
+from shardtool.layouts.rules import PAD, RULES, Dims, Source, padded_vocab
 from shardtool.recipe import Share
 from tests.strategies import Array, run
 
@@ -29,7 +29,7 @@ def numbered(*shapes: tuple[int, ...]) -> dict[str, Array]:
 
 
 def shares(rule: str, held: Mapping[str, Array], tp: int, dims: Dims = DIMS) -> tuple[Share, ...]:
-    return RULES[rule]("target", [Source(name, array.shape) for name, array in held.items()], dims, tp)
+    return RULES[rule].cut("target", [Source(name, array.shape) for name, array in held.items()], dims, tp)
 
 
 def ranks(rule: str, held: Mapping[str, Array], tp: int, dims: Dims = DIMS) -> list[Array]:
@@ -185,7 +185,7 @@ CASES = [
 @pytest.mark.parametrize(("rule", "shapes"), CASES)
 def test_the_shapes_of_the_sources_can_be_told_from_a_ranks(rule: str, shapes: list[tuple[int, ...]], tp: int):
     (first, *_) = shares(rule, numbered(*shapes), tp)
-    assert unshard(rule, first.shape, len(shapes), DIMS, tp) == tuple(shapes)
+    assert RULES[rule].unshard(first.shape, len(shapes), DIMS, tp) == tuple(shapes)
 
 
 def test_every_rule_can_be_read_backwards():

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 import shardtool
 from shardtool import stores
 from shardtool.errors import BudgetTooSmall, Incomplete, PlanError, UsageError
-from shardtool.ops.write import natural, split_parts
+from shardtool.ops.job import natural, split_parts
 from tests.builders import (
     COUNTING,
     SHARD,

@@ -1,0 +1,88 @@
+"""What ``save``, ``reshard`` and ``merge`` have in common, as data: the job and what came of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from typing import Any
+
+from shardtool import manifest
+from shardtool.errors import UsageError
+from shardtool.manifest import FileRecord
+from shardtool.plan import Catalog, File
+from shardtool.stores.base import Object, Store
+
+_NUMBER = re.compile(r"[0-9]{1,18}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checkpoint to write. ``files``: each with its part; those of one part are written together.
+
+    ``weights``: the source's files, with their versions; a job that is taken up again must find them as they were.
+
+    ``beside``: the side files, of which ``write_beside`` writes some; ``commit``: writes the mark of the complete
+    checkpoint, from all records; ``committed``: whether the output bears this very mark already.
+    """
+
+    what: str
+    fingerprint: str
+    files: tuple[tuple[int, File], ...]
+    catalog: Catalog
+    source: Store
+    weights: tuple[Object, ...]
+    beside: Set[str]
+    write_beside: Callable[[Store, Set[str]], None]
+    commit: Callable[[Store, Sequence[FileRecord]], None]
+    committed: Callable[[Store], bool]
+    mark: str  # the object that makes the checkpoint complete
+    stale: Callable[[str], bool]  # whether --overwrite may remove a file of this name
+    notes: tuple[str, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def of_ranks(self, ranks: Sequence[int] | None) -> tuple[tuple[int, File], ...]:
+        """The files of some ranks. What belongs to no rank goes with rank 0."""
+        if ranks is None:
+            return self.files
+        return tuple((part, file) for part, file in self.files if (file.rank or 0) in ranks)
+
+    @property
+    def prefix(self) -> str:
+        """Where the records are while the job lasts."""
+        return f"{manifest.PRIVATE}{self.fingerprint}/"
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a job costs and what came of it. Sizes in bytes."""
+
+    what: str
+    files: tuple[tuple[str, int | None, int], ...]  # key, rank, size
+    bytes_to_write: int
+    bytes_to_read: int
+    least_memory: int
+    memory_limit: int
+    written: int = 0  # bytes of files that this run wrote
+    kept: int = 0  # bytes of files that an earlier run had written
+    complete: bool = False
+    notes: tuple[str, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+def split_parts(sizes: Mapping[str, int], most: int) -> dict[str, int]:
+    """The part of each tensor: in the natural order of names, a new part where the next would pass ``most`` bytes."""
+    if most < 1:
+        raise UsageError(f"--max-part-size {most} is not a size; write for example 5GiB")
+    found, part, filled = {}, 0, 0
+    for name in sorted(sizes, key=natural):
+        if filled and filled + sizes[name] > most:
+            part, filled = part + 1, 0
+        found[name] = part
+        filled += sizes[name]
+    return found
+
+
+def natural(name: str) -> tuple[tuple[int, int, str], ...]:
+    """A sort key in which numbers between dots count as numbers."""
+    return tuple((0, int(part), "") if _NUMBER.fullmatch(part) else (1, 0, part) for part in name.split("."))

@@ -1,0 +1,230 @@
+"""What lies in the output of a job: its records, its mark, and what may be removed there.
+
+``.shardtool/<fingerprint>/`` holds the records while a job lasts. Workers with the same fingerprint help each
+other, and a second run skips what is recorded. Whoever finds all records commits, then removes them. The mark that
+makes a checkpoint complete is one small object, written last.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+from shardtool import digest, manifest
+from shardtool.errors import AlreadyExists, FormatError, NotFound, PlanError
+from shardtool.manifest import FileRecord
+from shardtool.ops.job import Job
+from shardtool.stores.base import Store
+
+MAX_RECORD = 256 << 20
+JOB = "job.json"
+_DAMAGED = (NotFound, FormatError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What reading a record raises that is not whole, or gone because another worker has committed."""
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What an output holds, before anything is done to it.
+
+    ``found``: every object's size. ``own``: this job has begun there. ``complete``: it has ended there. ``doomed``:
+    what has to be removed first.
+    """
+
+    found: Mapping[str, int]
+    own: bool
+    complete: bool
+    doomed: Set[str]
+
+
+def look(job: Job, to: Store, *, overwrite: bool, ranks: Sequence[int] | None) -> State:
+    """The output's state. Raises ``PlanError`` where the job must not be done there; changes nothing."""
+    if to.place() == job.source.place():
+        raise PlanError(f"--output {to.uri} is the source itself: use another folder")
+    try:
+        found = {thing.key: thing.size for thing in to.list()}
+    except NotFound:
+        found = {}
+    committed = job.mark in found and job.committed(to)
+    if committed and not overwrite and all(found.get(file.key) == file.size for _, file in job.files):
+        return State(found, own=True, complete=True, doomed=frozenset())
+    if committed and overwrite and ranks is not None:
+        raise PlanError(
+            f"{to.uri} is complete: --overwrite with --ranks would remove the other ranks' files, leave it out"
+        )
+    own = job.prefix + JOB in found
+    changed = own and _changed(job, _begun(job, to) or {})
+    if changed and not overwrite:
+        raise PlanError(
+            f"the weights of {job.source.uri} have changed since this job began in {to.uri}: use --overwrite "
+            f"to begin anew"
+        )
+    own = own and not changed
+    doomed = _doomed(job, to, found) if overwrite and not own else frozenset()
+    _spare_source(job, to, doomed)
+    if not own:
+        _expect_empty(job, to, {key for key in found if key not in doomed}, overwrite=overwrite)
+    return State(found, own, complete=False, doomed=doomed)
+
+
+def _expect_empty(job: Job, to: Store, left: Set[str], *, overwrite: bool) -> None:
+    """Refuse an output that holds something else than what may be removed."""
+    if others := _others(job, left):
+        begun = _begun(job, to, others[0])
+        what = f" ({begun['what']})" if begun and isinstance(begun.get("what"), str) else ""
+        raise PlanError(
+            f"{to.uri} holds the unfinished output of another job{what}: finish that one, use --overwrite or another "
+            "--output"
+        )
+    if left and not overwrite:
+        raise PlanError(f"{to.uri} is not empty (it holds {min(left)}): use --overwrite or another --output")
+    if weights := [key for key in sorted(left) if key.endswith(".safetensors") and "/" not in key]:
+        raise PlanError(
+            f"{to.uri} holds {weights[0]}, which --overwrite does not remove and engines would read: remove it "
+            f"yourself "
+            "or use another --output"
+        )
+
+
+def _others(job: Job, keys: Set[str]) -> list[str]:
+    """The fingerprints of other jobs that have begun."""
+    private = {key.split("/")[1] for key in keys if key.startswith(manifest.PRIVATE) and key.count("/") > 1}
+    return sorted(private - {job.fingerprint})
+
+
+def _doomed(job: Job, to: Store, found: Mapping[str, int]) -> frozenset[str]:
+    """What an older checkpoint left and this one replaces. Files of other kinds stay."""
+    listed = _listed(to) if manifest.KEY in found else set()
+    ours = (manifest.KEY, job.mark)
+    return frozenset(
+        key for key in found if key in listed or key in ours or key.startswith(manifest.PRIVATE) or job.stale(key)
+    )
+
+
+def _listed(to: Store) -> set[str]:
+    """The shards of the checkpoint that is there, whatever their names. One that cannot be read lists none."""
+    try:
+        made = manifest.decode(to.get(manifest.KEY, limit=manifest.MAX_BYTES), to.locate(manifest.KEY))
+    except (NotFound, FormatError):
+        return set()
+    return {file.key for file in made.files if file.key.endswith(".safetensors")}
+
+
+def _spare_source(job: Job, to: Store, doomed: Set[str]) -> None:
+    """Refuse to remove or replace a file that the source reads, where one folder lies in the other."""
+    touched = {*doomed, *job.beside, job.mark, *(file.key for _, file in job.files)}
+    read = {f"{job.source.place()}/{weight.key}" for weight in job.weights}
+    if lost := sorted(key for key in touched if f"{to.place()}/{key}" in read):
+        raise PlanError(f"{to.locate(lost[0])} is a file of the source: use another --output or --pattern")
+
+
+def begin(job: Job, to: Store, state: State) -> set[str]:
+    """Take the output for this job; returns the files that are written already."""
+    for key in sorted(state.doomed, key=lambda key: (key != manifest.KEY, key != job.mark, key)):  # marks first
+        to.delete(key)
+    if not state.own:
+        _announce(job, to)
+        if others := _others(job, {thing.key for thing in to.list(manifest.PRIVATE)}):
+            to.delete(job.prefix + JOB)
+            raise PlanError(
+                f"another job ({others[0]}) has begun in {to.uri} at the same moment: run one of them again"
+            )
+    return {record.key for record in _records(job, to) if state.found.get(record.key) == record.size}
+
+
+def restore(job: Job, to: Store, state: State) -> None:
+    """Put back what a complete checkpoint lacks beside its weights, and remove what a killed run left.
+
+    What is there stays: it may have been edited.
+    """
+    if missing := job.beside - state.found.keys():
+        job.write_beside(to, missing)
+    if any(key.startswith(job.prefix) for key in state.found):
+        _tidy(job, to)
+
+
+def record(job: Job, to: Store, made: FileRecord) -> None:
+    """Remember a file that is durable."""
+    text = json.dumps(made.to_json())  # with a digest: a damaged record must not become part of a manifest
+    to.put(_record_key(job, made.key), json.dumps({"record": text, "digest": digest.of_bytes(text.encode())}).encode())
+
+
+def commit(job: Job, to: Store) -> bool:
+    """Commit if every file is there with its record. Losing to an identical commit is success."""
+    sizes = {thing.key: thing.size for thing in to.list()}
+    records = {made.key: made for made in _records(job, to) if sizes.get(made.key) == made.size}
+    if all(file.key in records for _, file in job.files):
+        job.write_beside(to, job.beside)
+        try:
+            job.commit(to, [records[file.key] for _, file in job.files])
+        except AlreadyExists:
+            if not job.committed(to):
+                raise
+    elif not job.committed(to):  # if it is, another worker has done it and removed the records
+        return False
+    _tidy(job, to)
+    return True
+
+
+def _announce(job: Job, to: Store) -> None:
+    """Say whose job this output is."""
+    kept = {"what": job.what, "fingerprint": job.fingerprint, "source": _versions(job)}
+    to.put(job.prefix + JOB, json.dumps(kept).encode())
+
+
+def _versions(job: Job) -> dict[str, Any]:
+    """Where the source's weights are and in which version."""
+    return {"place": job.source.place(), "files": [[w.key, w.size, w.version] for w in job.weights]}
+
+
+def _begun(job: Job, to: Store, fingerprint: str | None = None) -> dict[str, Any] | None:
+    """What a job said when it began; None if nothing that can be read."""
+    key = f"{manifest.PRIVATE}{fingerprint or job.fingerprint}/{JOB}"
+    try:
+        said = json.loads(to.get(key, limit=MAX_RECORD))
+    except _DAMAGED:
+        return None
+    return said if isinstance(said, dict) else None
+
+
+def _changed(job: Job, begun: Mapping[str, Any]) -> bool:
+    """Whether the weights are not those that the job began with. Copies elsewhere are taken at their word."""
+    said, now = begun.get("source"), _versions(job)
+    return isinstance(said, dict) and said.get("place") == now["place"] and said.get("files") != now["files"]
+
+
+def _tidy(job: Job, to: Store) -> None:
+    """Remove the records of a committed job. Announcing it first makes the store sweep what a killed run left there."""
+    _announce(job, to)
+    for thing in list(to.list(job.prefix)):
+        to.delete(thing.key)
+
+
+def _record_key(job: Job, key: str) -> str:
+    """Where the record of a file is while the job lasts."""
+    return f"{job.prefix}{key}.json"
+
+
+def _unsealed(data: bytes) -> FileRecord:
+    """The record. Raises the built-in errors of wrong shapes where it is damaged."""
+    kept = json.loads(data)
+    text = kept["record"]
+    if digest.of_bytes(text.encode()) != kept["digest"]:
+        raise ValueError("the record differs from its digest")
+    return FileRecord.from_json(json.loads(text))
+
+
+def _records(job: Job, to: Store) -> list[FileRecord]:
+    """The records of finished files. A damaged one counts as not there."""
+    found = []
+    for thing in to.list(job.prefix):
+        if thing.key == job.prefix + JOB:
+            continue
+        try:
+            made = _unsealed(to.get(thing.key, limit=MAX_RECORD))
+        except _DAMAGED:
+            continue
+        if thing.key == _record_key(job, made.key):
+            found.append(made)
+    return found
