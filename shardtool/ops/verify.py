@@ -146,7 +146,7 @@ def _structure(checkpoint: Checkpoint, report: Report, *, quick: bool, compared:
         except StoreError:
             raise
         except ShardtoolError as error:  # they are not what config.json says
-            trouble = str(error)
+            trouble = f"its {len(checkpoint.ranks)} ranks are not what config.json says: {error}"
         report.files = structure.check_shards(checkpoint, made, trouble)
     else:
         report.files = [FileCheck(file.key, file.size) for file in checkpoint.files]

@@ -484,6 +484,8 @@ def test_an_element_of_an_engines_shards_that_differs_is_found():
         (r"rank-1-", "no file of rank 1"),
         (r"rank-1-part-0", "rank 1 has no part 0"),
         (r"rank-2-part-1", r"rank 2 lacks \d+ tensors"),
+        (r"rank-3-", "its 3 ranks are not what config.json says"),
+        (r"-part-1", "its 4 ranks are not what config.json says: .* no tensor"),
     ],
 )
 def test_an_engines_shards_that_are_not_whole_are_named(lost: str, said: str):
