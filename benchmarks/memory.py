@@ -27,8 +27,8 @@ JOBS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("merge", "tp8", {}),
     ("verify", "tp8", {}),
     ("verify --against", "tp8", {"against": "hf"}),
-    ("stream", "hf", {}),
-    ("stream", "tp8", {"rank": 0}),
+    ("stream, the model", "hf", {}),
+    ("stream, a rank", "tp8", {"rank": 0}),
 )
 
 
@@ -53,7 +53,7 @@ def main() -> None:
         print(f"the largest tensor has {largest(places['hf']) / measure.MIB:.0f} MiB\n")
         rows = []
         for name, source, given in JOBS:
-            operation = name.split()[0]
+            operation = name.split()[0].rstrip(",")
             options = {k: str(places[v]) if k == "against" else v for k, v in given.items()}
             limits = ("128MiB" if operation == "save" else "64MiB", "24MiB", "0")
             rows += [measured(folder, operation, name, places[source], limit, options) for limit in limits]

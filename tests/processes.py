@@ -162,7 +162,7 @@ def _imported(operation: str, args: list[str]) -> Callable[..., Any]:
     import xxhash  # noqa: F401
 
     module = importlib.import_module("shardtool.ops." + {"stream": "load", "measure": "load"}.get(operation, operation))
-    if operation == "stream":
+    if operation in ("stream", "measure"):
         import shardtool.sinks.tensor  # noqa: F401
     if remote := [a for a in args if a.startswith("s3://")]:
         from shardtool.stores import open_store

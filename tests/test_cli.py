@@ -62,7 +62,7 @@ def test_every_flag_explains_itself_and_stands_in_the_document(name):
 
 def test_the_defaults_that_help_tells_are_those_of_the_operations():
     from shardtool import budget, pattern
-    from shardtool.ops import load, merge, save, write
+    from shardtool.ops import limits, load, merge, save
     from shardtool.units import parse_size
 
     def told(name: str, flag: str) -> str:
@@ -74,7 +74,10 @@ def test_the_defaults_that_help_tells_are_those_of_the_operations():
     most = told("save", "--memory-limit").removeprefix("half of what is free, ").removesuffix(" at most")
     assert parse_size(most, "") == budget.DEFAULT_MOST
     assert told("save", "--pattern") == told("reshard", "--pattern") == pattern.DEFAULT
-    assert [told(name, "--concurrency") for name in ("save", "load")] == [str(write.CONCURRENCY), str(load.CONCURRENCY)]
+    assert [told(name, "--concurrency") for name in ("save", "load")] == [
+        str(limits.CONCURRENCY),
+        str(load.CONCURRENCY),
+    ]
 
 
 def test_without_a_command_help_goes_to_stderr_and_the_code_is_that_of_usage(shardtool):
@@ -147,7 +150,9 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(shardtool, work):
 
 
 def test_a_second_run_tells_that_nothing_was_to_be_done(shards):
-    assert here("save", "llama", "--tp", "2", "-o", "tp2").out.endswith("complete already, nothing was written\n")
+    assert here("save", "llama", "--tp", "2", "-o", "tp2").out.endswith(
+        ": complete already (same headers, samples, flags; shardtool verify --against checks every byte)\n"
+    )
 
 
 def test_ranks_are_written_apart_and_the_last_one_completes_the_checkpoint(work):
@@ -181,7 +186,51 @@ def test_shards_without_a_manifest_are_found_by_their_pattern(shards):
     assert here("verify", "merged", "--against", "llama", "-q").code == 0
 
 
+def test_float32_is_a_dtype_too(work):
+    assert "float32" in here("save", "--help").out
+    assert here("save", "llama", "--tp", "2", "-o", "out", "--dtype", "float32", "-q") == Ended(0, "", "")
+    assert here("inspect", "out", "--json").json["dtype"] == "F32"
+
+
+def test_a_folder_that_is_called_like_a_file_goes_through_every_command(work):
+    assert here("save", "llama", "--tp", "2", "-o", "tp2.safetensors", "-q") == Ended(0, "", "")
+    assert here("inspect", "tp2.safetensors", "--json").json["kind"] == "sharded"
+    assert here("verify", "tp2.safetensors", "--against", "llama", "-q") == Ended(0, "", "")
+    assert here("load", "tp2.safetensors", "-q") == Ended(0, "", "")
+    assert here("merge", "tp2.safetensors", "-o", "merged.safetensors", "-q") == Ended(0, "", "")
+    assert here("verify", "merged.safetensors", "--against", "llama", "-q") == Ended(0, "", "")
+
+
 # What is wrong.
+
+
+def test_inspect_shows_what_is_there_and_ends_with_4_if_files_are_missing(shardtool, shards):
+    (shards / RANK_1).unlink()
+    ended = shardtool("inspect", "tp2")
+    assert (ended.code, ended.err) == (4, "")
+    lines = [line.split() for line in ended.out.splitlines()]
+    assert ["missing", "1", "file"] in lines
+    assert [RANK_1, "missing"] in lines
+    assert [line[1:3] for line in lines if line[0].startswith("model-rank-0")] == [["rank", "0"]]
+    assert shardtool("inspect", "tp2", "--json").json["missing"] == [RANK_1]
+    ended = shardtool("inspect", "tp2", "--tensors", "model.norm.weight")
+    assert (ended.code, ended.out.count("\n")) == (4, 1)
+    assert ended.err == f"note: {RANK_1} is missing; its tensors are not listed\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("save", "llama", "--tp", "2", "-o", "memory://a"),
+        ("inspect", "Memory://a"),
+        ("verify", "llama", "--against", "memory://a"),
+        ("load", "memory://a"),
+    ],
+)
+def test_an_address_that_keeps_nothing_is_refused(work, words):
+    ended = here(*words)
+    assert (ended.code, ended.out) == (2, "")
+    assert re.search(r"'memory://a' keeps nothing between commands; name a folder or a bucket", ended.err, re.I)
 
 
 def test_damage_is_told_file_by_file_and_ends_with_1(shardtool, shards):

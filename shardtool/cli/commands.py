@@ -15,6 +15,7 @@ import click
 from shardtool import display, settings
 from shardtool.cli import options
 from shardtool.cli.program import main
+from shardtool.errors import Incomplete
 
 if TYPE_CHECKING:
     from shardtool.cli.reports import Memory
@@ -32,7 +33,7 @@ def _loaded(*uris: str | None) -> Memory:
     from shardtool.stores import open_store
 
     for uri in uris:
-        if uri is not None and "://" in uri and not uri.endswith(".safetensors"):
+        if uri is not None and "://" in uri:
             open_store(uri).close()
     return Memory()
 
@@ -40,13 +41,15 @@ def _loaded(*uris: str | None) -> Memory:
 @main.command(
     short_help="Shard a Hugging Face checkpoint.", epilog="Example: shardtool save ./llama --tp 4 -o ./llama-tp4"
 )
-@click.argument("model")
+@click.argument("model", callback=options.address)
 @options.tp("Tensor parallel size: how many ranks.")
 @options.output("the shards")
 @options.pattern(options.WRITTEN_PATTERN)
 @options.part_size
 @click.option(
-    "--dtype", metavar="TYPE", help="auto, bfloat16 or float16; auto is what config.json says.  [default: auto]"
+    "--dtype",
+    metavar="TYPE",
+    help="auto, bfloat16, float16 or float32; auto is what config.json says.  [default: auto]",
 )
 @options.ranks
 @click.option(
@@ -84,7 +87,7 @@ def save(model: str, tp: int, output: str, **flags: Any) -> int:
     short_help="Change the tensor parallel size of shards.",
     epilog="Example: shardtool reshard ./llama-tp4 --tp 2 -o ./llama-tp2",
 )
-@click.argument("uri")
+@click.argument("uri", callback=options.address)
 @options.tp("Tensor parallel size of the new shards.")
 @options.output("the new shards")
 @options.pattern(options.WRITTEN_PATTERN)
@@ -124,7 +127,7 @@ def reshard(uri: str, tp: int, output: str, **flags: Any) -> int:
     short_help="Turn shards back into a whole checkpoint.",
     epilog="Example: shardtool merge ./llama-tp4 -o ./llama-merged",
 )
-@click.argument("uri")
+@click.argument("uri", callback=options.address)
 @options.output("the whole tensors")
 @options.pattern(options.READ_PATTERN, "--source-pattern")
 @options.merged_size
@@ -177,7 +180,7 @@ def _write(
 
 
 @main.command(short_help="Load tensors and say how fast it was.", epilog="Example: shardtool load ./llama-tp4 --rank 0")
-@click.argument("uri")
+@click.argument("uri", callback=options.address)
 @options.rank
 @click.option(
     "--device",
@@ -220,10 +223,13 @@ def load(uri: str, **flags: Any) -> int:
 @main.command(
     short_help="Check files, digests and values.", epilog="Example: shardtool verify ./llama-tp4 --against ./llama"
 )
-@click.argument("uri")
+@click.argument("uri", callback=options.address)
 @click.option("--quick", is_flag=True, help="Look at names, sizes and headers only; read no tensor.")
 @click.option(
-    "--against", metavar="URI", help="Compare every tensor with this model, or with shards of it at any size."
+    "--against",
+    metavar="URI",
+    callback=options.address,
+    help="Compare every tensor with this model, or with shards of it at any size.",
 )
 @options.pattern(options.READ_PATTERN)
 @options.resources(8)
@@ -255,14 +261,18 @@ def verify(uri: str, **flags: Any) -> int:
 @main.command(
     short_help="Say what a checkpoint is.", epilog="Example: shardtool inspect ./llama-tp4 --tensors 'model.layers.0.*'"
 )
-@click.argument("uri")
+@click.argument("uri", callback=options.address)
 @click.option("--tensors", metavar="GLOB", help="List the tensors that this names, for example '*.q_proj.*'.")
 @options.pattern(options.READ_PATTERN)
 @click.option("--json", "wants_json", is_flag=True, help="Print one JSON object instead of text.")
 def inspect(uri: str, tensors: str | None, pattern: str | None, wants_json: bool) -> int:
-    """Say what a checkpoint is, from its headers alone."""
+    """Say what a checkpoint is, from its headers alone.
+
+    Exits with 4 if files are missing; what is there is shown.
+    """
     from shardtool.cli import reports
     from shardtool.ops.inspect import inspect as operation
 
-    reports.Inspected(operation(uri, tensors=tensors, pattern=pattern)).show(wants_json=wants_json)
-    return 0
+    found = operation(uri, tensors=tensors, pattern=pattern)
+    reports.Inspected(found).show(wants_json=wants_json, only_tensors=tensors is not None)
+    return Incomplete.exit_code if found.missing else 0

@@ -52,10 +52,24 @@ def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
     return apply
 
 
+def address(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Refuses an address that means something within one process only."""
+    if value is not None and value.lower().startswith("memory://"):
+        raise click.BadParameter(
+            f"{value[:60]!r} keeps nothing between commands; name a folder or a bucket", ctx, param
+        )
+    return value
+
+
 def output(what: str) -> Callable[[F], F]:
     """``--output``."""
     return click.option(
-        "--output", "-o", required=True, metavar="URI", help=f"Where {what} go: a folder or an address."
+        "--output",
+        "-o",
+        required=True,
+        metavar="URI",
+        callback=address,
+        help=f"Where {what} go: a folder or an address.",
     )
 
 

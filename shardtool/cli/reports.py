@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from shardtool.ops.structure import FileCheck
     from shardtool.ops.verify import Report, TensorDifference
 
+_RESTS_ON = {"save": " (same headers, samples, flags; shardtool verify --against checks every byte)"}
+"""What it rests on that a job counts as done, where not every byte of its source is bound to it."""
 SHOWN = 5
 """Troubles of one file that are shown; JSON has all."""
 
@@ -88,7 +90,7 @@ class Written:
         summary = self.summary
         total = f"{show_size(summary.bytes_to_write)} in {counted(len(summary.files), 'file')}"
         if summary.complete and not summary.written:
-            yield f"{self.output}: {summary.what}, {total}: complete already, nothing was written"
+            yield f"{self.output}: {summary.what}, {total}: complete already{_RESTS_ON.get(self.command, '')}"
             return
         took = f"{show_seconds(self.seconds)} ({show_speed(summary.written, self.seconds)})"
         before = f", {show_size(summary.kept)} of it written before" if summary.kept else ""
@@ -255,12 +257,14 @@ class Inspected:
         listed = fields.pop("listed")
         return {"command": "inspect", **fields, "tensor_list": listed}
 
-    def show(self, *, wants_json: bool) -> None:
+    def show(self, *, wants_json: bool, only_tensors: bool) -> None:
         """A summary; or the tensors that were asked for, and nothing else."""
         found = self.found
         if wants_json:
             display.as_json(self.to_json())
-        elif found.listed:
+        elif only_tensors:
+            for key in found.missing:
+                display.note(f"{key} is missing; its tensors are not listed")
             display.table(
                 ("tensor", "rank", "file", "dtype", "shape", " size"),
                 [(t.name, _rank(t.rank), t.key, t.dtype, str(list(t.shape)), show_size(t.bytes)) for t in found.listed],
@@ -269,7 +273,8 @@ class Inspected:
             display.table(("checkpoint", found.uri), list(self._facts()))
             display.table(
                 ("file", "rank", " tensors", " size"),
-                [(f.key, _rank(f.rank), counted(f.tensors, "tensor"), show_size(f.size)) for f in found.files],
+                [(f.key, _rank(f.rank), counted(f.tensors, "tensor"), show_size(f.size)) for f in found.files]
+                + [(key, "", "missing", "") for key in found.missing],
             )
             display.table(
                 ("dtype", " tensors", " elements", " size"),
@@ -293,6 +298,7 @@ class Inspected:
             "parameters": None if found.parameters is None else f"{found.parameters:,}",
             "dropped": found.dropped or None,
             "stored": f"{stored} in {counted(len(found.files), 'file')}",
+            "missing": counted(len(found.missing), "file") if found.missing else None,
         }
         yield from ((name, str(value)) for name, value in facts.items() if value is not None)
 

@@ -174,7 +174,13 @@ def from_manifest(record: Mapping[str, Any], where: str) -> VllmLayout:
             f"{where}: the layout {record.get('engine')!r} {record.get('kind')!r} is not one that this version "
             f"of shardtool knows"
         )
-    return VllmLayout(from_record(record.get("table"), where), str(record.get("engine_version")))
+    family = from_record(record.get("table"), where)
+    for row in family.rows:
+        if row.size and row.size not in SIZES:
+            raise FormatError(
+                f"{where}: the layout names the size {row.size!r}, which this version of shardtool does not know"
+            )
+    return VllmLayout(family, str(record.get("engine_version")))
 
 
 def _integer(config: Mapping[str, Any], key: str) -> int:

@@ -5,17 +5,26 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from shardtool.checkpoint import CONFIG, Checkpoint, WeightFile, open_checkpoint, parse_config, with_headers
+from shardtool.checkpoint import (
+    CONFIG,
+    Checkpoint,
+    WeightFile,
+    open_checkpoint,
+    parse_config,
+    single_file,
+    with_headers,
+)
 from shardtool.dtypes import DType
-from shardtool.errors import NotFound, ShardtoolError, StoreError
+from shardtool.errors import Incomplete, NotFound, ShardtoolError, StoreError
 from shardtool.manifest import Manifest
 from shardtool.mosaic import Logical
 from shardtool.ops import source as sources
 from shardtool.ops.job import natural
+from shardtool.ops.rank import text
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +65,8 @@ class Inspection:
     """A checkpoint. ``kind``: sharded (with a manifest), shards (without), huggingface or file.
 
     ``tensors``, ``elements`` and ``bytes`` count what is stored, replicas of ranks included. ``parameters`` are the
-    model's, each counted once; None where nothing says how the shards make up a model. ``listed``: the tensors that
-    were asked for.
+    model's, each counted once; None where nothing says how the shards make up a model. ``missing``: files that the
+    manifest lists and that are not there; nothing of them is counted. ``listed``: the tensors that were asked for.
     """
 
     uri: str
@@ -76,6 +85,7 @@ class Inspection:
     dropped: int
     files: tuple[FileSummary, ...]
     dtypes: tuple[DTypeSummary, ...]
+    missing: tuple[str, ...] = ()
     listed: tuple[TensorSummary, ...] = ()
 
 
@@ -85,16 +95,17 @@ def inspect(uri: str | os.PathLike[str], *, tensors: str | None = None, pattern:
     ``tensors``: a shell pattern (``model.layers.0.*``); the stored tensors that it names are listed. ``pattern``:
     the names of shards without a manifest. Raises ``NotFound`` where there is no checkpoint, or no such tensor.
     """
-    uri = os.fspath(uri)
+    text(tensors, "tensors")
+    text(pattern, "pattern")
     checkpoint = open_checkpoint(uri, shard_pattern=pattern)
     with checkpoint.store:
-        checkpoint = with_headers(checkpoint)
+        checkpoint, missing = _with_what_is_there(checkpoint)
         made = checkpoint.manifest
         config = _config(checkpoint)
         dtypes = _dtypes(checkpoint.files)
         return Inspection(
-            uri=uri,
-            kind="file" if uri.endswith(".safetensors") else checkpoint.kind,
+            uri=checkpoint.uri,
+            kind="file" if single_file(checkpoint.uri) else checkpoint.kind,
             architecture=_architecture(config),
             engine=_engine(made) if made else None,
             tp=made.tp if made else (max(checkpoint.ranks) + 1 if checkpoint.ranks else None),
@@ -109,8 +120,23 @@ def inspect(uri: str | os.PathLike[str], *, tensors: str | None = None, pattern:
             dropped=len(made.dropped) if made else 0,
             files=tuple(_file(file) for file in sorted(checkpoint.files, key=_place)),
             dtypes=dtypes,
-            listed=_listed(checkpoint, tensors) if tensors is not None else (),
+            missing=missing,
+            listed=_listed(checkpoint, tensors, missing) if tensors is not None else (),
         )
+
+
+def _with_what_is_there(checkpoint: Checkpoint) -> tuple[Checkpoint, tuple[str, ...]]:
+    """The checkpoint with the headers of the files that exist, and the names of those that its manifest misses."""
+    made = checkpoint.manifest
+    try:
+        return with_headers(checkpoint), ()
+    except Incomplete:
+        if made is None:
+            raise
+    there = tuple(record for record in made.files if checkpoint.store.exists(record.key))
+    found = with_headers(replace(checkpoint, manifest=replace(made, files=there)))
+    missing = {record.key for record in made.files} - {record.key for record in there}
+    return replace(found, manifest=made), tuple(sorted(missing, key=natural))
 
 
 def _place(file: WeightFile) -> tuple[bool, int, int, str]:
@@ -180,14 +206,14 @@ def _size(tensor: Logical) -> int:
     return math.prod(tensor.shape)
 
 
-def _listed(checkpoint: Checkpoint, glob: str) -> tuple[TensorSummary, ...]:
-    """The stored tensors that a shell pattern names, rank by rank."""
+def _listed(checkpoint: Checkpoint, glob: str, missing: tuple[str, ...]) -> tuple[TensorSummary, ...]:
+    """The stored tensors that a shell pattern names, rank by rank. None may be right if files are missing."""
     found = [
         TensorSummary(entry.name, file.rank, file.key, entry.dtype.name, entry.shape, entry.nbytes)
         for file in sorted(checkpoint.files, key=_place)
         for entry in file.header.entries
         if fnmatchcase(entry.name, glob)
     ]
-    if not found:
+    if not found and not missing:
         raise NotFound(f"{checkpoint.uri} has no tensor that --tensors {glob!r} names")
     return tuple(sorted(found, key=lambda one: (one.rank is None, one.rank or 0, natural(one.name))))

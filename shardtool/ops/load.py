@@ -7,14 +7,16 @@
     ├── load_into   straight into existing parameters
     └── measure     counted and dropped, for people who want to know how fast it is
 
-A thread dispatches, readers fill tensors, the caller takes them. The memory limit covers buffers and the tensors
-that are read ahead; what was handed over, and the one that is being filled, are the caller's.
+A thread dispatches, readers fill tensors, the caller takes them. The memory limit covers buffers, the tensors that are
+read ahead, and the one that was handed over last; those before it are the caller's. A tensor that does not fit is let
+in alone.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -22,15 +24,14 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from shardtool import digest, schedule
-from shardtool.budget import Arena, Gate, default_limit, peak_memory
-from shardtool.checkpoint import Checkpoint, WeightFile, open_checkpoint, stored_of, with_headers
+from shardtool.budget import Arena, Gate, limit_of, peak_memory
+from shardtool.checkpoint import Checkpoint, stored_of
 from shardtool.engine import execute
-from shardtool.errors import BudgetTooSmall, NotFound, TensorMismatch, UsageError
-from shardtool.header import Entry
+from shardtool.errors import TensorMismatch, UsageError
 from shardtool.ops.limits import readers
+from shardtool.ops.rank import Item, chosen, equal, items, number, opened
 from shardtool.plan import Tensor
 from shardtool.schedule import Target, whole_target
-from shardtool.units import parse_size, show_size
 
 if TYPE_CHECKING:
     import torch
@@ -43,16 +44,6 @@ SCRATCH = 32 << 20
 LEAST = 64 << 10
 """The smallest limit with which tensors can be read straight into place."""
 UNLIMITED = 1 << 40
-
-
-@dataclass(frozen=True, slots=True)
-class _Item:
-    """One tensor to load."""
-
-    name: str
-    file: WeightFile
-    entry: Entry
-    chunks: tuple[str, ...] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +89,11 @@ def stream(
     chunk's digest on the way, if there is a manifest; a damaged tensor raises ``ChecksumMismatch`` before it is
     handed over. ``memory_limit``: bytes or a text such as ``1GiB``.
     """
-    checkpoint = _opened(os.fspath(uri), rank, pattern)
+    checkpoint = opened(uri, rank, pattern)
     with checkpoint.store.closed_on_failure():
-        items = _items(checkpoint, _rank(checkpoint, rank), verify=verify)
-    return _closing(checkpoint, _stream(checkpoint, items, _Fresh(device), concurrency, memory_limit, progress))
+        found, places = items(checkpoint, chosen(checkpoint, rank), verify=verify), _Fresh(device)
+        means = _means(checkpoint, found, places, memory_limit, concurrency)
+    return _closing(checkpoint, _stream(checkpoint, found, places, means, progress))
 
 
 def _closing(checkpoint: Checkpoint, tensors: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
@@ -149,19 +141,23 @@ def load_into(
 ) -> None:
     """Fill the parameters of a module, or the tensors of a state dict, in place.
 
-    Names, shapes and dtypes are compared first: ``TensorMismatch`` means that nothing was written. A tensor of the
-    target that shares its memory with another (tied weights) need not be in the checkpoint.
+    Names, shapes and dtypes are compared first, and that no two tensors of the target overlap: ``TensorMismatch`` means
+    that nothing was written. After any other error, such as a ``ChecksumMismatch`` on the way, the target is written in
+    part and must not be used. Two names of one and the same memory (tied weights) may be filled if the checkpoint's
+    tensors are equal, and one of them need not be in it.
     """
     import torch
 
+    if not isinstance(target, torch.nn.Module | Mapping):
+        raise UsageError(f"target is a {type(target).__name__}, neither a module nor tensors by name")
     given = target.state_dict(keep_vars=True) if isinstance(target, torch.nn.Module) else dict(target)
     tensors = {name: tensor for name, tensor in given.items() if isinstance(tensor, torch.Tensor)}
-    checkpoint = _opened(os.fspath(uri), rank, pattern)
+    checkpoint = opened(uri, rank, pattern)
     with checkpoint.store, torch.no_grad():
-        items = _items(checkpoint, _rank(checkpoint, rank), verify=verify)
-        _check_fit(items, tensors, checkpoint)
-        for _ in _stream(checkpoint, items, _Given(tensors), concurrency, memory_limit, progress):
-            pass
+        found, places = items(checkpoint, chosen(checkpoint, rank), verify=verify), _Given(tensors)
+        _check_fit(found, tensors, checkpoint)
+        means = _means(checkpoint, found, places, memory_limit, concurrency)
+        _exhaust(_stream(checkpoint, found, places, means, progress))
 
 
 def measure(
@@ -180,10 +176,14 @@ def measure(
     Rank r goes to ``cuda:r`` where there are as many GPUs.
     """
     began = time.monotonic()
-    checkpoint = _opened(os.fspath(uri), rank, pattern)
+    checkpoint = opened(uri, rank, pattern)
     ranks: tuple[int | None, ...] = (rank,) if rank is not None else (checkpoint.ranks or (None,))
-    jobs = [(r, _items(checkpoint, r, verify=verify)) for r in ranks]
-    total = sum(item.entry.nbytes for _, items in jobs for item in items)
+    with checkpoint.store.closed_on_failure():
+        jobs = [(r, items(checkpoint, r, verify=verify), _device_of(device, r, len(ranks))) for r in ranks]
+        every = [item for _, found, _ in jobs for item in found]
+        # One set of buffers for all ranks: memory that one of them has used is there for the next.
+        means = _means(checkpoint, every, _Fresh(jobs[0][2]), memory_limit, concurrency)
+    total = sum(item.entry.nbytes for item in every)
     done = 0
 
     def tell(so_far: int, _of: int) -> None:
@@ -192,15 +192,13 @@ def measure(
 
     loads = []
     with checkpoint.store:
-        for r, items in jobs:
+        for r, found, where in jobs:
             at = time.monotonic()
-            where = _device_of(device, r, len(ranks))
-            for _ in _stream(checkpoint, items, _Fresh(where), concurrency, memory_limit, tell):
-                pass
-            nbytes = sum(item.entry.nbytes for item in items)
+            _exhaust(_stream(checkpoint, found, _Fresh(where), means, tell))
+            nbytes = sum(item.entry.nbytes for item in found)
             done += nbytes
-            loads.append(RankLoad(r, where, len(items), nbytes, time.monotonic() - at))
-    verified = verify and all(item.chunks is not None for _, items in jobs for item in items)
+            loads.append(RankLoad(r, where, len(found), nbytes, time.monotonic() - at))
+    verified = verify and all(item.chunks is not None for item in every)
     notes = () if verified or not verify else ("there is no manifest, so that no digest was checked",)
     return LoadReport(
         checkpoint.uri,
@@ -215,6 +213,11 @@ def measure(
     )
 
 
+def _exhaust(tensors: Iterator[object]) -> None:
+    """Take all and keep none: each is gone before the next is asked for, which a loop's variable would not allow."""
+    deque(tensors, maxlen=0)
+
+
 def _device_of(device: str, rank: int | None, ranks: int) -> str:
     """``cuda`` is the rank's own GPU where there is one for each, else the first."""
     if device != "cuda":
@@ -224,69 +227,13 @@ def _device_of(device: str, rank: int | None, ranks: int) -> str:
     return f"cuda:{rank}" if rank is not None and torch.cuda.device_count() >= max(ranks, rank + 1) else "cuda:0"
 
 
-def _opened(uri: str, rank: int | None, pattern: str | None) -> Checkpoint:
-    checkpoint = open_checkpoint(uri, shard_pattern=pattern)
-    if (
-        checkpoint.manifest is not None
-        and rank is not None
-        and rank not in range(checkpoint.manifest.tp * checkpoint.manifest.pp)
-    ):
-        raise NotFound(
-            f"{uri} has no rank {rank}; it has ranks 0 to {checkpoint.manifest.tp * checkpoint.manifest.pp - 1}"
-        )
-    with checkpoint.store.closed_on_failure():
-        return with_headers(checkpoint, None if rank is None else [rank])
+def _check_fit(found: list[Item], tensors: Mapping[str, torch.Tensor], checkpoint: Checkpoint) -> None:
+    """Refuse a target that does not take these tensors, each in memory of its own. Nothing is written."""
+    from shardtool.sinks.tensor import Memory, overlapping
 
-
-def _rank(checkpoint: Checkpoint, rank: int | None) -> int | None:
-    """The rank to load: the only one, if none was said."""
-    ranks = checkpoint.ranks
-    if not ranks:
-        if rank is not None:
-            raise NotFound(f"{checkpoint.uri} has no rank {rank}: its tensors are whole, leave the rank out")
-        return None
-    if rank is None:
-        if len(ranks) > 1:
-            raise UsageError(f"{checkpoint.uri} has {len(ranks)} ranks: say which one to load with rank=")
-        return ranks[0]
-    return rank
-
-
-def _items(checkpoint: Checkpoint, rank: int | None, *, verify: bool) -> list[_Item]:
-    """The tensors of a rank in the order of their bytes, with their digests.
-
-    What differs from the manifest is refused.
-    """
-    records = {record.key: record for record in checkpoint.manifest.files} if checkpoint.manifest else {}
-    if rank is not None and rank not in checkpoint.ranks:
-        whole = " (its tensors are whole, of no rank)" if checkpoint.kind == "huggingface" else ""
-        raise NotFound(f"{checkpoint.uri} has no rank {rank}{whole}; leave the rank out or name one that it has")
-    entries = checkpoint.entries(rank)
-    chunks: dict[str, tuple[str, ...]] = {}
-    if verify:
-        for file in checkpoint.files:
-            record = records.get(file.key)
-            if record is None or file.rank != rank:
-                continue
-            names = [entry.name for entry in file.header.entries]
-            if names != [t.name for t in record.tensors] or file.size != record.size:
-                raise TensorMismatch(
-                    f"{checkpoint.store.locate(file.key)} does not hold what the manifest lists; run shardtool verify"
-                )
-            chunks.update({t.name: t.digest.chunks for t in record.tensors})
-    found = [_Item(name, file, entry, chunks.get(name)) for name, (file, entry) in entries.items()]
-    for item in found:
-        if item.chunks is not None and len(item.chunks) != -(-item.entry.nbytes // digest.CHUNK):
-            raise TensorMismatch(
-                f"{checkpoint.uri}: tensor {item.name!r} has another size than its digests; run shardtool verify"
-            )
-    return found
-
-
-def _check_fit(items: list[_Item], tensors: Mapping[str, torch.Tensor], checkpoint: Checkpoint) -> None:
     uri = checkpoint.uri
-    filled: dict[tuple[int, torch.device], _Item] = {}
-    for item in items:
+    filled: dict[Memory, Item] = {}
+    for item in found:
         tensor = tensors.get(item.name)
         if tensor is None:
             raise TensorMismatch(
@@ -301,33 +248,25 @@ def _check_fit(items: list[_Item], tensors: Mapping[str, torch.Tensor], checkpoi
             )
         if not tensor.numel():
             continue
-        other = filled.setdefault((tensor.data_ptr(), tensor.device), item)
-        if other is not item and tensor.device.type != "meta" and not _equal(checkpoint, item, other):
+        memory = Memory.of(tensor)
+        if memory.folded:
+            raise TensorMismatch(
+                f"the target's tensor {item.name!r} has several elements in one place (shape {list(tensor.shape)}, "
+                f"strides {list(tensor.stride())}); give it memory of its own, nothing was written"
+            )
+        other = filled.setdefault(memory, item)
+        if other is not item and memory.real and not equal(checkpoint, item, other):
             raise TensorMismatch(
                 f"{uri}: {item.name!r} and {other.name!r} differ, but they share their memory in the target (tied "
                 "weights); nothing was written"
             )
-    names = {item.name for item in items}
+    if pair := overlapping(filled):
+        first, second = sorted(filled[memory].name for memory in pair)
+        raise TensorMismatch(f"the target's tensors {first!r} and {second!r} overlap in memory; nothing was written")
+    names = {item.name for item in found}
     for name, tensor in tensors.items():
-        if name not in names and tensor.numel() and (tensor.data_ptr(), tensor.device) not in filled:
+        if name not in names and tensor.numel() and Memory.of(tensor) not in filled:
             raise TensorMismatch(f"the target's tensor {name!r} is not in {uri}; nothing was written")
-
-
-def _equal(checkpoint: Checkpoint, a: _Item, b: _Item) -> bool:
-    """Whether two tensors have the same bytes, by their digests or else by reading them."""
-    if a.entry.nbytes != b.entry.nbytes:
-        return False
-    if a.chunks is not None and b.chunks is not None:
-        return a.chunks == b.chunks
-    block = memoryview(bytearray(2 << 20))
-    left, right = block[: 1 << 20], block[1 << 20 :]
-    for at in range(0, a.entry.nbytes, len(left)):
-        n = min(len(left), a.entry.nbytes - at)
-        checkpoint.store.readinto(a.file.key, a.entry.offset + at, left[:n])
-        checkpoint.store.readinto(b.file.key, b.entry.offset + at, right[:n])
-        if left[:n] != right[:n]:
-            return False
-    return True
 
 
 class _Fresh:
@@ -336,6 +275,8 @@ class _Fresh:
     def __init__(self, device: str) -> None:
         import torch
 
+        if not isinstance(device, str | torch.device):
+            raise UsageError(f"device={device!r} is not a device; write cpu, cuda or cuda:0")
         try:
             self._device = torch.device(device)
         except RuntimeError:
@@ -345,10 +286,10 @@ class _Fresh:
         if self._device.type not in ("cpu", "cuda", "meta"):
             raise UsageError(f"--device {device!r} is not supported; write cpu, cuda or cuda:0")
 
-    def staging(self, item: _Item) -> int:
+    def staging(self, item: Item) -> int:
         return 0 if self._device.type == "cpu" else 1
 
-    def make(self, item: _Item) -> torch.Tensor:
+    def make(self, item: Item) -> torch.Tensor:
         from shardtool.sinks.tensor import empty
 
         entry = item.entry
@@ -365,50 +306,64 @@ class _Given:
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._tensors = tensors
 
-    def staging(self, item: _Item) -> int:
+    def staging(self, item: Item) -> int:
         from shardtool.sinks.tensor import lends
 
         return 0 if lends(self._tensors[item.name]) else 1
 
-    def make(self, item: _Item) -> torch.Tensor:
+    def make(self, item: Item) -> torch.Tensor:
         return self._tensors[item.name]
 
 
-def _limits(items: list[_Item], staged: bool, memory_limit: int | str | None, concurrency: int) -> tuple[int, int]:
-    """(arena, gate): how the limit is divided between buffers and tensors that are read ahead."""
-    limit = default_limit() if memory_limit is None else parse_size(memory_limit, "--memory-limit")
-    least = max((min(digest.CHUNK, item.entry.nbytes) for item in items), default=0) + LEAST if staged else LEAST
-    if limit == -1:
-        limit = UNLIMITED
-    elif limit == 0:
-        limit = least
-    if limit < least:
-        raise BudgetTooSmall(
-            f"--memory-limit {show_size(limit)} is too small to load: {least} bytes would do", needed=least
-        )
-    arena = max(least - LEAST // 2, min(limit // 2, concurrency * digest.CHUNK)) if staged else min(limit // 2, SCRATCH)
-    return arena, limit - arena
+@dataclass(frozen=True, slots=True)
+class _Means:
+    """What a run may use, and one after it again: blocks to read into, room for tensors that wait, threads."""
+
+    arena: Arena
+    gate: Gate
+    threads: int
+    want: int
+
+
+def _means(
+    checkpoint: Checkpoint,
+    found: list[Item],
+    places: _Fresh | _Given,
+    memory_limit: int | str | None,
+    concurrency: int | None,
+) -> _Means:
+    """Divide the limit between blocks and tensors that are read ahead."""
+    number(concurrency, "concurrency")
+    if not isinstance(memory_limit, str):
+        number(memory_limit, "memory_limit")
+    threads = readers(concurrency, CONCURRENCY)
+    if any(places.staging(item) for item in found):
+        least = max(min(digest.CHUNK, item.entry.nbytes) for item in found) + LEAST
+    else:
+        least = LEAST
+    limit = limit_of(memory_limit, least=least, what=f"loading {checkpoint.uri}", most=UNLIMITED)
+    if least > LEAST:
+        size = max(least - LEAST // 2, min(limit // 2, threads * digest.CHUNK))
+    else:
+        size = min(limit // 2, SCRATCH)
+    return _Means(Arena(size), Gate(limit - size), threads, max(1, min(size, limit - size) // 2))
 
 
 def _stream(
     checkpoint: Checkpoint,
-    items: list[_Item],
+    found: list[Item],
     places: _Fresh | _Given,
-    concurrency: int | None,
-    memory_limit: int | str | None,
+    means: _Means,
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[tuple[str, Any]]:
     """Run the engine in a thread and hand its tensors over in order."""
     from shardtool.sinks.tensor import TensorSink
 
-    threads = readers(concurrency, CONCURRENCY)
-    staging = {item.name: places.staging(item) for item in items}
-    size, ahead = _limits(items, any(staging.values()), memory_limit, threads)
-    arena, gate = Arena(size), Gate(ahead)
+    arena, gate = means.arena, means.gate
     ready: SimpleQueue[TensorSink | BaseException | None] = SimpleQueue()
-    total = sum(item.entry.nbytes for item in items)
+    total = sum(item.entry.nbytes for item in found)
 
-    def sink_of(item: _Item) -> TensorSink:
+    def sink_of(item: Item) -> TensorSink:
         return TensorSink(
             item.name,
             item.entry.dtype,
@@ -416,19 +371,19 @@ def _stream(
             item.entry.nbytes,
             where=checkpoint.store.locate(item.file.key),
             make=lambda: places.make(item),
-            staging=staging[item.name],
+            staging=places.staging(item),
             gate=gate,
             chunks=item.chunks,
             ready=ready.put,
         )
 
     def groups() -> Iterator[list[Target]]:
-        for item in items:
+        for item in found:
             sink = sink_of(item)
             if not item.entry.nbytes:
                 sink.begin()
                 continue
-            yield [_target(item, sink, staging[item.name])]
+            yield [_target(item, sink)]
 
     def work() -> None:
         done = 0
@@ -439,10 +394,9 @@ def _stream(
             if progress is not None:
                 progress(done, total)
 
-        want = max(1, min(size, ahead) // 2)
-        steps = schedule.steps(groups(), limit=size, want=want, longest=digest.CHUNK, tile=digest.CHUNK)
+        steps = schedule.steps(groups(), limit=arena.size, want=means.want, longest=digest.CHUNK, tile=digest.CHUNK)
         try:
-            execute(steps, checkpoint.store, arena, readers=threads, progress=tell, stop=gate.stop)
+            execute(steps, checkpoint.store, arena, readers=means.threads, progress=tell, stop=gate.stop)
             ready.put(None)
         except BaseException as error:
             ready.put(error)
@@ -452,7 +406,7 @@ def _stream(
         gate.stop()
 
     return _handed_over(
-        [item.name for item in items], ready, gate, Thread(target=work, name="shardtool-load", daemon=True), stop
+        [item.name for item in found], ready, gate, Thread(target=work, name="shardtool-load", daemon=True), stop
     )
 
 
@@ -468,24 +422,27 @@ def _handed_over(
     try:
         for name in names:
             while name not in waiting:
-                found = ready.get()
-                if isinstance(found, BaseException):
-                    raise found
-                if found is None:
+                came = ready.get()
+                if isinstance(came, BaseException):
+                    raise came
+                if came is None:
                     raise AssertionError(f"the engine ended without {name!r}")
-                waiting[found.name] = found
+                waiting[came.name] = came
+                del came
             sink = waiting.pop(name)
             tensor, sink.target = sink.target, None
-            gate.leave(sink.nbytes)
             yield name, tensor
             del tensor
-    finally:
+            gate.leave(sink.nbytes)
+    except BaseException:
         stop()
+        raise
+    finally:
         thread.join()
 
 
-def _target(item: _Item, sink: TensorSink, staging: int) -> Target:
+def _target(item: Item, sink: TensorSink) -> Target:
     """The tensor as it lies in its file, counted from its own start."""
     stored = stored_of(item.file.key, item.entry)
     tensor = Tensor(item.name, stored.dtype, stored.shape, tuple, stored=stored)
-    return whole_target(tensor, stored, sink, 0, staging)
+    return whole_target(tensor, stored, sink, 0, sink.staging)

@@ -8,25 +8,30 @@ a copy.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from threading import Lock
 
 import torch
 
 from shardtool import digest
-from shardtool.budget import HUGE, Gate, anonymous
+from shardtool.budget import Gate, anonymous
 from shardtool.dtypes import DType
 from shardtool.errors import ChecksumMismatch
 from shardtool.schedule import Tile
 from shardtool.sinks.lane import Release
+from shardtool.window import Window, join, simplify
 
 Ready = Callable[["TensorSink"], None]
+MAPPED = 128 << 10
+"""Bytes from which on a tensor has a mapping of its own, which ends with it. The heap would keep much of what it gets
+back from tensors of different sizes."""
 
 
 def empty(dtype: DType, shape: tuple[int, ...], nbytes: int) -> torch.Tensor:
-    """An uninitialised tensor that owns its memory; a big one lies on huge pages."""
+    """An uninitialised tensor that owns its memory. A big one lies on huge pages."""
     kind = dtype.torch()
-    if nbytes < HUGE:
+    if nbytes < MAPPED:
         flat = torch.empty(nbytes, dtype=torch.uint8)
     else:
         flat = torch.frombuffer(anonymous(nbytes), dtype=torch.uint8, count=nbytes)
@@ -45,6 +50,51 @@ def octets(tensor: torch.Tensor) -> torch.Tensor:
 def lends(tensor: torch.Tensor) -> bool:
     """Whether bytes can be read straight into the tensor."""
     return tensor.device.type == "cpu" and tensor.is_contiguous()
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Where a tensor's bytes lie, in order. Equal ones are one memory under two names."""
+
+    device: torch.device
+    window: Window
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Memory:
+        """The memory of a tensor that has elements."""
+        size = tensor.element_size()
+        found = Window(tensor.data_ptr(), (*tensor.shape, size), (*(n * size for n in tensor.stride()), 1))
+        return cls(tensor.device, simplify(found, found)[0])
+
+    @property
+    def real(self) -> bool:
+        """Whether there is any: a tensor on the meta device has none."""
+        return self.device.type != "meta"
+
+    @property
+    def folded(self) -> bool:
+        """Whether elements may share a place, as those of an expanded tensor do."""
+        extent = 1
+        for stride, n in sorted(zip(self.window.strides, self.window.shape, strict=True)):
+            if stride < extent:
+                return True
+            extent += stride * (n - 1)
+        return False
+
+
+def overlapping(memories: Iterable[Memory]) -> tuple[Memory, Memory] | None:
+    """Two different memories, none of them folded, that have a byte in common. Views that interleave may have none."""
+    open_ones: list[Memory] = []
+    for one in sorted(
+        (memory for memory in memories if memory.real), key=lambda memory: (str(memory.device), memory.window.bounds)
+    ):
+        start = one.window.bounds[0]
+        open_ones = [m for m in open_ones if m.device == one.device and m.window.bounds[1] > start]
+        for other in open_ones:
+            if join(one.window, one.window, other.window, other.window):
+                return other, one
+        open_ones.append(one)
+    return None
 
 
 class TensorSink:

@@ -36,16 +36,16 @@ def open_store(uri: str | os.PathLike[str]) -> Store:
     """The store at an address or a path.
 
     Nothing is looked up yet: a folder or bucket that is not there is a ``NotFound`` when it is read. An address of an
-    unknown kind, or one that cannot be understood, is a ``UsageError``.
+    unknown kind, or one that cannot be understood, is a ``UsageError``. The scheme may be written in capitals.
     """
     address = os.fspath(uri)
     found = _ADDRESS.match(address) if isinstance(uri, str) else None
     scheme = found[1].lower() if found else "file"
     if scheme not in SCHEMES:
-        known = ", ".join(f"{name}://" for name in sorted(SCHEMES))
+        known = ", ".join(f"{name}://" for name in sorted(SCHEMES.keys() - {"memory"}))  # keeps nothing for another run
         raise UsageError(f"no store knows addresses like {address!r}: use a path or one of {known}")
-    if found and scheme == "file":
-        address = _path_of(address)
+    if found:
+        address = _path_of(address) if scheme == "file" else scheme + address[len(scheme) :]
     if not address:
         raise UsageError("the address of a checkpoint is empty: give a path, or . for the current folder")
     module, _, name = SCHEMES[scheme].partition(":")

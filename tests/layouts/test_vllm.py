@@ -564,6 +564,13 @@ def test_a_layout_of_another_kind_is_refused(record: dict[str, Any]):
         vllm.from_manifest(record, "here")
 
 
+def test_a_layout_with_a_size_that_nobody_knows_is_refused():
+    record = json.loads(json.dumps(vllm.for_config(config()).record()))
+    next(row for row in record["table"]["rows"] if row["size"])["size"] = "experts"
+    with pytest.raises(FormatError, match="here: the layout names the size 'experts', which this version"):
+        vllm.from_manifest(record, "here")
+
+
 def test_a_layout_is_read_back_from_its_record():
     layout = vllm.for_config(config())
     assert vllm.from_manifest(json.loads(json.dumps(layout.record())), "here") == layout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 import shardtool
 from shardtool import stores
-from shardtool.errors import FormatError, Incomplete, NotFound
+from shardtool.errors import FormatError, Incomplete, NotFound, UsageError
 from shardtool.ops.inspect import FileSummary, inspect
 from shardtool.stores.counting import CountingStore
 from tests import builders
@@ -171,10 +172,38 @@ def test_a_folder_without_a_checkpoint_is_not_found(tmp_path):
         inspect(tmp_path)
 
 
-def test_a_missing_file_of_a_manifest_is_incomplete(shards):
+def test_what_is_there_is_told_of_shards_that_miss_files(shards):
+    whole = inspect(shards)
+    (shards / "model-rank-0-part-0.safetensors").unlink()
+    found = inspect(shards)
+    assert (whole.missing, found.missing) == ((), ("model-rank-0-part-0.safetensors",))
+    assert found.files == whole.files[1:]
+    assert found.bytes == whole.files[1].bytes
+    assert (found.tp, found.parameters, found.engine) == (2, PARAMETERS, whole.engine)
+    assert {t.rank for t in inspect(shards, tensors="*").listed} == {1}
+    assert inspect(shards, tensors="lm_heat").listed == ()
     (shards / "model-rank-1-part-0.safetensors").unlink()
-    with pytest.raises(Incomplete, match=r"model-rank-1-part-0\.safetensors is missing"):
-        inspect(shards)
+    found = inspect(shards)
+    assert (len(found.missing), found.files, found.dtypes, found.bytes) == (2, (), (), 0)
+
+
+def test_shards_that_are_still_being_written_are_incomplete(model, tmp_path):
+    shardtool.save(model, tmp_path / "out", tp=2, ranks=[0])
+    with pytest.raises(Incomplete, match="is being written or was interrupted"):
+        inspect(tmp_path / "out")
+
+
+def test_a_folder_that_is_called_like_a_file_is_a_folder(model, tmp_path):
+    shardtool.save(model, tmp_path / "tp2.safetensors", tp=2)
+    found = inspect(tmp_path / "tp2.safetensors")
+    assert (found.kind, found.tp) == ("sharded", 2)
+
+
+@pytest.mark.parametrize("name", ["tensors", "pattern"])
+@pytest.mark.parametrize("value", [1, True, b"*"])
+def test_an_argument_of_another_type_is_refused_by_name(shards, name, value):
+    with pytest.raises(UsageError, match=re.escape(f"{name}={value!r} is not a text")):
+        inspect(shards, **{name: value})
 
 
 def test_a_damaged_header_is_refused_by_name(model):

@@ -6,6 +6,7 @@ import gc
 import io
 import json
 import re
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shardtool
+from benchmarks import models
 from shardtool import stores
 from shardtool.errors import BudgetTooSmall, ChecksumMismatch, Incomplete, NotFound, TensorMismatch, UsageError
 from shardtool.ops.load import measure
@@ -41,7 +43,9 @@ from tests.builders import (
 )
 from tests.ops.cases import Case, cases
 from tests.oracle import expected
+from tests.processes import run
 
+MIB = 1 << 20
 CONFIG = config()
 HELD = tensors(CONFIG)
 FILES = model(CONFIG, HELD, files=2)
@@ -197,7 +201,9 @@ def test_a_limit_below_the_largest_tensor_is_enough(tmp_path: Path, limit: Any):
 
 @pytest.mark.parametrize("limit", [1, "4KiB"])
 def test_a_limit_that_is_too_small_says_what_would_do(shards: str, limit: Any):
-    with pytest.raises(BudgetTooSmall, match=r"--memory-limit .* is too small to load: 65536 bytes would do") as error:
+    with pytest.raises(
+        BudgetTooSmall, match=r"--memory-limit .* is too small for loading .*: 65536 bytes .* would do"
+    ) as error:
         shardtool.load(shards, rank=0, memory_limit=limit)
     assert shardtool.load(shards, rank=0, memory_limit=error.value.needed)
 
@@ -226,6 +232,29 @@ def wait_until(done: Callable[[], bool]) -> None:
         if done():
             return
     raise AssertionError("it does not come to rest")
+
+
+@pytest.fixture(scope="module")
+def ranks_of_many_sizes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Eight ranks of 30 MiB, whose tensors have 1 to 6 MiB. Removed afterwards, for the sake of the disk."""
+    with tempfile.TemporaryDirectory(dir=tmp_path_factory.getbasetemp()) as folder:
+        models.write(Path(folder, "model"), models.of_size(236 * MIB, vocab=8192))
+        shardtool.save(Path(folder, "model"), Path(folder, "tp8"), tp=8)
+        yield Path(folder, "tp8")
+
+
+@pytest.mark.parametrize("limit", [0, 8 * MIB, 24 * MIB])
+@pytest.mark.parametrize("rank", [None, 2])
+def test_measuring_takes_the_limit_and_the_largest_tensor_however_many_ranks_there_are(
+    ranks_of_many_sizes: Path, limit: int, rank: int | None
+):
+    """What a rank has used is there for the next; what was measured is gone before the next tensor comes."""
+    largest = max(tensor.bytes for tensor in shardtool.inspect(ranks_of_many_sizes, tensors="*").listed)
+    assert largest < 6 * MIB
+    found = run("measure", ranks_of_many_sizes, memory_limit=limit, rank=rank)
+    assert not found.error, found.message
+    assert found.value["bytes"] > (29 if rank is not None else 8 * 29) * MIB
+    assert found.over <= limit + largest + 16 * MIB
 
 
 # Damage.
@@ -330,6 +359,45 @@ def test_arguments_are_checked_before_the_first_tensor_is_asked_for(shards: str)
         shardtool.stream(shards, rank=0, memory_limit=1)
 
 
+OPERATIONS = [
+    shardtool.stream,
+    shardtool.load,
+    measure,
+    lambda uri, **options: shardtool.load_into(blank(), uri, **options),
+]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rank", True),
+        ("rank", "0"),
+        ("rank", 0.0),
+        ("pattern", 7),
+        ("memory_limit", -7),
+        ("memory_limit", "lots"),
+        ("memory_limit", 1.5),
+        ("memory_limit", True),
+        ("concurrency", 2000),
+        ("concurrency", "3"),
+        ("concurrency", True),
+    ],
+)
+def test_an_argument_that_makes_no_sense_is_refused_by_name(
+    shards: str, operation: Callable[..., Any], name: str, value: Any
+):
+    with pytest.raises(UsageError, match=name.replace("_", "[-_]")):
+        operation(shards, **{"rank": 0, name: value})
+
+
+def test_a_device_or_a_target_of_another_type_is_refused_by_name(shards: str):
+    with pytest.raises(UsageError, match="device=0 is not a device"):
+        shardtool.load(shards, rank=0, device=0)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="target is a list"):
+        shardtool.load_into([], shards, rank=0)  # type: ignore[arg-type]
+
+
 # Streams that end early.
 
 
@@ -428,6 +496,93 @@ def test_a_target_that_does_not_fit_is_not_touched(shards: str, change: Callable
         shardtool.load_into(target, shards, rank=0)
     assert "nothing was written" in str(error.value)
     assert all(torch.equal(tensor, before[name]) for name, tensor in target.items())
+
+
+DOWN = "model.layers.0.mlp.down_proj.weight"
+UP = "model.layers.1.mlp.down_proj.weight"
+
+
+def assert_untouched(shards: str, target: dict[str, torch.Tensor], said: str) -> None:
+    """The target is refused before its first byte is written."""
+    with pytest.raises(TensorMismatch, match=said) as error:
+        shardtool.load_into(target, shards, rank=0)
+    assert "nothing was written" in str(error.value)
+    assert all(bool((tensor == 7).all()) for tensor in target.values())
+
+
+@pytest.mark.parametrize("first", [1, 32 * 12, 2 * 32 * 12 - 1])
+def test_targets_that_overlap_are_refused(shards: str, first: int):
+    """Not only those that start at the same place."""
+    target = blank()
+    n = target[DOWN].numel()
+    assert n == 32 * 24
+    memory = torch.full((3 * n,), 7.0, dtype=torch.bfloat16)
+    target[DOWN] = memory[:n].view(32, 24)
+    target[UP] = memory[min(first, n - 1) :][:n].view(32, 24)
+    assert_untouched(shards, target, f"'{re.escape(DOWN)}' and '{re.escape(UP)}' overlap")
+
+
+def test_views_that_interleave_overlap_only_if_they_share_a_byte(shards: str):
+    target = blank()
+    memory = torch.full((32, 50), 7.0, dtype=torch.bfloat16)
+    target[DOWN], target[UP] = memory[:, :24], memory[:, 23:47]
+    assert_untouched(shards, target, "overlap")
+    target[UP] = memory[:, 24:48]
+    shardtool.load_into(target, shards, rank=0)
+    assert raws(target) == expected(HELD, CONFIG, 2)[0]
+    target[DOWN], target[UP] = memory[:, 0:48:2], memory[:, 1:48:2]
+    shardtool.load_into(target, shards, rank=0)
+    assert raws(target) == expected(HELD, CONFIG, 2)[0]
+    assert bool((memory[:, 48:] == 7).all())
+
+
+def test_neighbours_in_one_memory_do_not_overlap(shards: str):
+    target = blank()
+    n = target[DOWN].numel()
+    memory = torch.full((2 * n,), 7.0, dtype=torch.bfloat16)
+    target[DOWN], target[UP] = memory[:n].view(32, 24), memory[n:].view(32, 24)
+    shardtool.load_into(target, shards, rank=0)
+    assert raws(target) == expected(HELD, CONFIG, 2)[0]
+
+
+@pytest.mark.parametrize(("shape", "strides"), [((1, 24), (0, 1)), ((32, 1), (1, 0)), ((56,), (1, 1))])
+def test_a_target_whose_elements_share_a_place_is_refused(
+    shards: str, shape: tuple[int, ...], strides: tuple[int, int]
+):
+    """An expanded tensor, a broadcast column, and rows that run into each other."""
+    target = blank()
+    target[DOWN] = torch.full(shape, 7.0, dtype=torch.bfloat16).as_strided((32, 24), strides)
+    assert_untouched(shards, target, rf"'{re.escape(DOWN)}' has several elements in one place .*strides \[")
+
+
+def test_a_transposed_view_is_another_order_of_the_same_memory(tmp_path: Path):
+    held = {"a": random((4, 4), "F32"), "b": random((4, 4), "F32")}
+    held["b"] = Raw("F32", held["a"].array.copy())
+    put(tmp_path / "model", {"model.safetensors": safetensors(held)})
+    memory = torch.full((4, 4), 7.0)
+    with pytest.raises(TensorMismatch, match="'a' and 'b' overlap"):
+        shardtool.load_into({"a": memory, "b": memory.T}, tmp_path / "model")
+    assert bool((memory == 7).all())
+    shardtool.load_into({"a": memory, "b": memory.view(4, 4)}, tmp_path / "model")
+    assert raw_of(memory) == held["a"]
+
+
+def test_a_name_that_the_checkpoint_lacks_must_be_all_of_a_memory_that_is_filled(shards: str):
+    target = blank()
+    memory = torch.full((64, 24), 7.0, dtype=torch.bfloat16)
+    target[DOWN] = memory[:32]
+    target["more"] = memory
+    assert_untouched(shards, target, "'more' is not in")
+    target["more"] = memory[:32]
+    shardtool.load_into(target, shards, rank=0)
+
+
+def test_damage_that_is_found_on_the_way_leaves_the_target_written_in_part():
+    """Only a target that does not fit is known before the first byte."""
+    target = blank()
+    with places() as place, pytest.raises(ChecksumMismatch):
+        shardtool.load_into(target, put(place("shards"), damaged("model.norm.weight")), rank=0, concurrency=1)
+    assert raws(target) != raws(blank())
 
 
 def test_an_empty_tensor_that_the_checkpoint_lacks_does_not_matter(shards: str):

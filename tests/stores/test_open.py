@@ -60,9 +60,16 @@ def test_s3_and_memory_have_stores() -> None:
     assert isinstance(open_store("memory://test_open"), MemoryStore)
 
 
+def test_a_scheme_may_be_in_capitals() -> None:
+    with open_store("S3://Bucket/Folder") as store:
+        assert isinstance(store, S3Store)
+        assert store.uri == "s3://Bucket/Folder"
+    assert open_store("Memory://test_open") is open_store("memory://test_open")
+
+
 @pytest.mark.parametrize("address", ["gs://bucket/folder", "https://host/x", "hf://a/b"])
 def test_an_unknown_scheme_is_refused_with_the_known_ones(address: str) -> None:
-    with pytest.raises(UsageError, match=r"file://, memory://, s3://"):
+    with pytest.raises(UsageError, match=r"a path or one of file://, s3://$"):
         open_store(address)
 
 
