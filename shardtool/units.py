@@ -17,14 +17,14 @@ _UNITS = {
     "gi": 1 << 30,
     "ti": 1 << 40,
 }
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt]i?)?b?\s*", re.IGNORECASE)
 
 
 def parse_size(text: str | int, flag: str) -> int:
     """Bytes of ``5GiB``, ``64MiB``, ``5GB`` or a plain number. Raises ``UsageError`` that names the flag."""
-    if isinstance(text, int):
+    if type(text) is int:
         return text
-    found = _SIZE.fullmatch(text)
+    found = _SIZE.fullmatch(text) if isinstance(text, str) else None
     if not found:
         raise UsageError(f"{flag} {text!r} is not a size; write for example 64MiB, 5GiB or a number of bytes")
     unit = _UNITS[(found[2] or "").lower()]

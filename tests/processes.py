@@ -172,7 +172,7 @@ def _imported(operation: str, args: list[str]) -> Callable[..., Any]:
     idle = threading.Thread(target=int)
     idle.start()
     idle.join()
-    return getattr(module, operation)  # type: ignore[no-any-return]
+    return getattr(module, operation)
 
 
 def _perform(operation: str, call: Callable[..., Any], args: list[str], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from shardtool.stores import open_store
 from tests import builders
 from tests.processes import At, finish, run, start
 
+SAVE: Callable[..., Any] = shardtool.save  # the arguments come as a list
+
 PART = 20_000
 SHARDS = "*.safetensors"
 
@@ -125,7 +127,7 @@ def test_a_commit_can_be_killed_anywhere(shelf: Path, tmp_path: Path, from_the_e
     at = At(change=changes(shelf, "save") - from_the_end)
     assert run("save", *args, out, kill=at, concurrency=1, **options).killed
     assert_nothing_is_half_written(out, shelf / "save", MARK["save"])
-    assert shardtool.save(*args, out, **options).complete
+    assert SAVE(*args, out, **options).complete
     assert_same_folder(out, shelf / "save")
 
 
@@ -174,7 +176,7 @@ def test_a_killed_worker_is_replaced_by_another(shelf: Path, tmp_path: Path) -> 
 def unfinished(shelf: Path, out: Path) -> list[Path]:
     """A job of which rank 0 is done; returns its records."""
     args, options = command(shelf, "save")
-    assert shardtool.save(*args, out, ranks=[0], **options).complete is False
+    assert SAVE(*args, out, ranks=[0], **options).complete is False
     return sorted((out / ".shardtool").glob("*/model-rank-0-*.json"))
 
 
@@ -201,7 +203,7 @@ def test_a_file_with_a_damaged_record_is_written_again(shelf: Path, tmp_path: Pa
     record = unfinished(shelf, out)[3]
     record.write_bytes(DAMAGES[damage](record.read_bytes()))
     args, options = command(shelf, "save")
-    found = shardtool.save(*args, out, **options)
+    found = SAVE(*args, out, **options)
     file = out / record.name.removesuffix(".json")
     rank1 = sum(path.stat().st_size for path in out.glob("model-rank-1-*"))
     assert found.written == rank1 + file.stat().st_size
@@ -214,7 +216,7 @@ def test_a_record_counts_for_its_own_file_only(shelf: Path, tmp_path: Path) -> N
     records = unfinished(shelf, out)
     shutil.copy(records[3], records[2])
     args, options = command(shelf, "save")
-    shardtool.save(*args, out, **options)
+    SAVE(*args, out, **options)
     assert_same_folder(out, shelf / "save")
 
 
@@ -230,9 +232,9 @@ def test_a_file_that_is_not_what_its_record_says_is_written_again(shelf: Path, t
     else:
         file.write_bytes((file.read_bytes() + b"0")[: size - 1 if loss == "truncated" else size + 1])
     args, options = command(shelf, "save")
-    partly = shardtool.save(*args, out, ranks=[1], **options)
+    partly = SAVE(*args, out, ranks=[1], **options)
     assert not partly.complete, "a manifest must not list a file that is not there"
-    found = shardtool.save(*args, out, **options)
+    found = SAVE(*args, out, **options)
     assert (found.written, found.complete) == (size, True)
     assert_same_folder(out, shelf / "save")
 
@@ -300,7 +302,7 @@ def test_an_upload_can_be_killed_anywhere(shelf: Path, bucket: str) -> None:
         assert run("save", *args, uri, kill=At(request=point), **options).killed, point
         left = {key: data for key, data in s3_objects(uri).items() if not key.startswith(".shardtool/")}
         assert left.items() <= whole.items()
-        assert shardtool.save(*args, uri, **options).complete
+        assert SAVE(*args, uri, **options).complete
         assert s3_objects(uri) == whole
 
 

@@ -27,8 +27,8 @@ class Parallel:
     pp: int = 1
 
     def __post_init__(self) -> None:
-        if not 1 <= self.tp <= 1024:
-            raise UsageError(f"--tp {self.tp} is not a number of ranks from 1 to 1024")
+        if type(self.tp) is not int or not 1 <= self.tp <= 1024:
+            raise UsageError(f"--tp {self.tp!r} is not a number of ranks from 1 to 1024")
         if self.pp != 1:
             raise UsageError("pipeline parallel layouts are not supported yet; leave --pp out")
 

@@ -23,6 +23,6 @@ def want(arena: int) -> int:
 
 def readers(concurrency: int | None, default: int = CONCURRENCY) -> int:
     """The number of reading threads. Raises ``UsageError`` for one that cannot be."""
-    if concurrency is not None and not 1 <= concurrency <= 1024:
+    if concurrency is not None and (type(concurrency) is not int or not 1 <= concurrency <= 1024):
         raise UsageError(f"--concurrency {concurrency} is not a number of readers from 1 to 1024")
     return default if concurrency is None else concurrency

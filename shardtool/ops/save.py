@@ -87,6 +87,8 @@ def convert(
 ) -> Summary:
     """Shard a source, whole or sharded already."""
     parallel = Parallel(tp)
+    if ranks is not None and not ranks:
+        raise UsageError("--ranks names no rank; leave it out to write all of them")
     for rank in ranks or ():
         if rank not in parallel.ranks:
             raise UsageError(f"--ranks names rank {rank}, but --tp {tp} has ranks 0 to {tp - 1}")
