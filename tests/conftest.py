@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,6 +58,8 @@ def _isolate(patch: pytest.MonkeyPatch, nowhere: Path) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Isolate the process before any test module is imported; libraries read some variables at import."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background: its children would ignore Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[_NOWHERE] = tempfile.TemporaryDirectory(prefix="shardtool-nowhere-")
     config.stash[_PATCH] = pytest.MonkeyPatch()
     _isolate(config.stash[_PATCH], Path(config.stash[_NOWHERE].name))

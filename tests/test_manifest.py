@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -374,6 +375,9 @@ def test_records_are_what_the_manifest_will_say(tmp_path: Path):
     key = "model-rank-1-part-0.safetensors"
     assert sorted(path.name for path in folder.iterdir()) == ["job.json", f"{key}.json"]
     job, record = (json.loads((folder / name).read_bytes()) for name in ("job.json", f"{key}.json"))
+    weights = Path(source) / "model.safetensors"
+    file = [weights.name, weights.stat().st_size, str(weights.stat().st_mtime_ns)]
+    assert job.pop("source") == {"place": os.path.realpath(source), "files": [file]}
     assert job == {"what": f"tp 2 shards of {source}", "fingerprint": folder.name}
     shardtool.save(source, tmp_path / "out", tp=2)
     made: Manifest = decode((tmp_path / "out" / "shardtool.json").read_bytes(), "here")

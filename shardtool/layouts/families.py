@@ -251,6 +251,11 @@ def from_record(value: Any, where: str) -> Family:
             raise FormatError(
                 f"{where}: the layout uses the rule {row.rule!r}, which this version of shardtool does not know"
             )
+        for names in (row.of, row.instead or row.of):
+            if len(names) not in RULES[row.rule].counts:
+                raise FormatError(
+                    f"{where}: the layout table cuts {row.to!r} by {row.rule!r} from {len(names)} sources"
+                )
     return family
 
 

@@ -253,18 +253,19 @@ Unshard = Callable[[Shape, int, Dims, int], tuple[Shape, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A way of cutting, and how its sources' shapes are told from a rank's."""
+    """A way of cutting, how its sources' shapes are told from a rank's, and how many sources it can have."""
 
     cut: Cut
     unshard: Unshard
+    counts: tuple[int, ...] = (1,)
 
 
 RULES: dict[str, Rule] = {
     "column": Rule(column, _all_rows),
     "copy": Rule(copy, _same),
-    "gate_up": Rule(gate_up, _gate_and_up),
-    "qkv": Rule(qkv, _heads),
+    "gate_up": Rule(gate_up, _gate_and_up, (1, 2)),
+    "qkv": Rule(qkv, _heads, (1, 3)),
     "row": Rule(row, _all_columns),
-    "scalar": Rule(scalar, _nothing),
+    "scalar": Rule(scalar, _nothing, (0,)),
     "vocab": Rule(vocab, _unpadded),
 }
