@@ -53,6 +53,18 @@ class Job:
         return f"{manifest.PRIVATE}{self.fingerprint}/"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Means:
+    """How a job is to be done: the arguments that ``save``, ``reshard`` and ``merge`` have in common."""
+
+    memory_limit: int | str | None
+    concurrency: int | None
+    overwrite: bool
+    dry_run: bool
+    progress: Callable[[int, int], None] | None
+    ranks: Sequence[int] | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Summary:
     """What a job costs and what came of it. Sizes in bytes."""

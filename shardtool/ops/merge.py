@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from shardtool import digest, header
@@ -15,10 +16,10 @@ from shardtool.dtypes import DType, lossless
 from shardtool.errors import FormatError, NotFound, PlanError
 from shardtool.manifest import FileRecord, Manifest
 from shardtool.ops import source as sources
-from shardtool.ops.job import Job, Summary, split_parts
+from shardtool.ops.job import Job, Means, Summary, split_parts
 from shardtool.ops.source import Source
 from shardtool.ops.verify import check_input
-from shardtool.ops.write import run, summary
+from shardtool.ops.write import perform
 from shardtool.plan import File, Tensor, itself
 from shardtool.stores import open_store
 from shardtool.stores.base import Store
@@ -49,20 +50,21 @@ def merge(
     Tensors equal the source's byte for byte. What ``save`` dropped without keeping, or narrowed by ``--dtype``, is
     named in the notes; a narrowed tensor stays in the shards' dtype. ``verify``: check the input's digests first.
     """
-    limit = None if memory_limit is None else parse_size(memory_limit, "--memory-limit")
+    means = Means(
+        memory_limit=memory_limit,
+        concurrency=concurrency,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        progress=progress,
+    )
     source = sources.open_source(os.fspath(uri), shard_pattern=source_pattern)
     with source.store:
         if source.origin is None:
             raise PlanError(f"{source.uri} is not sharded; there is nothing to merge")
-        if verify and not dry_run:
-            check_input(source, memory_limit=limit, concurrency=concurrency, progress=progress)
+        check = partial(check_input, source, means) if verify else None
         with open_store(os.fspath(output)) as to:
             job = plan(source, source.origin, parse_size(max_part_size, "--max-part-size"))
-            if dry_run:
-                return summary(job, to, memory_limit=limit, overwrite=overwrite)
-            return run(
-                job, to, memory_limit=limit, concurrency=concurrency, ranks=None, overwrite=overwrite, progress=progress
-            )
+            return perform(job, to, means, check)
 
 
 def plan(source: Source, origin: Manifest, most: int) -> Job:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from shardtool import pattern
 from shardtool.errors import PlanError
 from shardtool.ops import source as sources
-from shardtool.ops.job import Summary
-from shardtool.ops.save import PART_SIZE, convert
+from shardtool.ops.job import Means, Summary
+from shardtool.ops.save import PART_SIZE, Cut, convert
 from shardtool.ops.verify import check_input
 from shardtool.units import parse_size
 
@@ -36,25 +37,18 @@ def reshard(
     check the input's digests first. ``source_pattern``: the names of shards without a manifest. The rest is as in
     ``save``.
     """
-    limit = None if memory_limit is None else parse_size(memory_limit, "--memory-limit")
+    means = Means(
+        memory_limit=memory_limit,
+        concurrency=concurrency,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        progress=progress,
+        ranks=ranks,
+    )
     source = sources.open_source(os.fspath(uri), shard_pattern=source_pattern)
     with source.store:
         if source.origin is None:
             raise PlanError(f"{source.uri} is not sharded; use shardtool save")
-        if verify and not dry_run:
-            check_input(source, memory_limit=limit, concurrency=concurrency, progress=progress)
-        return convert(
-            source,
-            os.fspath(output),
-            tp=tp,
-            text=pattern,
-            max_part_size=parse_size(max_part_size, "--max-part-size"),
-            dtype="auto",
-            keep_dropped=False,
-            ranks=ranks,
-            memory_limit=limit,
-            concurrency=concurrency,
-            overwrite=overwrite,
-            dry_run=dry_run,
-            progress=progress,
-        )
+        cut = Cut(tp, pattern, parse_size(max_part_size, "--max-part-size"))
+        check = partial(check_input, source, means) if verify else None
+        return convert(source, os.fspath(output), means, cut, check)

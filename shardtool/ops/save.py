@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import prod
 
 from shardtool import __version__, header, manifest, pattern
@@ -12,9 +13,9 @@ from shardtool.errors import FormatError, NotFound, UsageError
 from shardtool.layouts.base import Model, Outline, Parallel
 from shardtool.manifest import Dropped, FileRecord, Manifest
 from shardtool.ops import source as sources
-from shardtool.ops.job import Job, Summary, split_parts
+from shardtool.ops.job import Job, Means, Summary, split_parts
 from shardtool.ops.source import Source
-from shardtool.ops.write import run, summary
+from shardtool.ops.write import perform
 from shardtool.plan import File, Tensor, itself
 from shardtool.stores import open_store
 from shardtool.stores.base import Store
@@ -49,84 +50,54 @@ def save(
     finishes last commits. ``progress`` is told (bytes done, bytes in all). Returns what was done; with ``dry_run``,
     what would be.
     """
+    means = Means(
+        memory_limit=memory_limit,
+        concurrency=concurrency,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        progress=progress,
+        ranks=ranks,
+    )
     source = sources.open_source(os.fspath(model))
     with source.store:
         sources.refuse_sharded(source)
-        return convert(
-            source,
-            os.fspath(output),
-            tp=tp,
-            text=pattern,
-            max_part_size=parse_size(max_part_size, "--max-part-size"),
-            dtype=dtype,
-            keep_dropped=keep_dropped,
-            ranks=ranks,
-            memory_limit=None if memory_limit is None else parse_size(memory_limit, "--memory-limit"),
-            concurrency=concurrency,
-            overwrite=overwrite,
-            dry_run=dry_run,
-            progress=progress,
-        )
+        most = parse_size(max_part_size, "--max-part-size")
+        return convert(source, os.fspath(output), means, Cut(tp, pattern, most, dtype, keep_dropped))
 
 
-def convert(
-    source: Source,
-    output: str,
-    *,
-    tp: int,
-    text: str,
-    max_part_size: int,
-    dtype: str,
-    keep_dropped: bool,
-    ranks: Sequence[int] | None,
-    memory_limit: int | None,
-    concurrency: int | None,
-    overwrite: bool,
-    dry_run: bool,
-    progress: Callable[[int, int], None] | None,
-) -> Summary:
-    """Shard a source, whole or sharded already."""
-    parallel = Parallel(tp)
-    if ranks is not None and not ranks:
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What the shards shall be: how many ranks, which names and sizes, which dtype."""
+
+    tp: int
+    pattern: str
+    max_part_size: int
+    dtype: str = "auto"
+    keep_dropped: bool = False
+
+
+def convert(source: Source, uri: str, means: Means, cut: Cut, check: Callable[[], None] | None = None) -> Summary:
+    """Shard a source, whole or sharded already. ``check`` is called before anything is written."""
+    parallel = Parallel(cut.tp)
+    if means.ranks is not None and not means.ranks:
         raise UsageError("--ranks names no rank; leave it out to write all of them")
-    for rank in ranks or ():
+    for rank in means.ranks or ():
         if rank not in parallel.ranks:
-            raise UsageError(f"--ranks names rank {rank}, but --tp {tp} has ranks 0 to {tp - 1}")
-    with open_store(output) as to:
-        job = plan(
-            source,
-            to,
-            parallel=parallel,
-            text=text,
-            max_part_size=max_part_size,
-            dtype=dtype,
-            keep_dropped=keep_dropped,
-        )
-        if dry_run:
-            return summary(job, to, memory_limit=memory_limit, ranks=ranks, overwrite=overwrite)
-        return run(
-            job,
-            to,
-            memory_limit=memory_limit,
-            concurrency=concurrency,
-            ranks=ranks,
-            overwrite=overwrite,
-            progress=progress,
-        )
+            raise UsageError(f"--ranks names rank {rank}, but --tp {cut.tp} has ranks 0 to {cut.tp - 1}")
+    with open_store(uri) as to:
+        return perform(plan(source, to, parallel, cut), to, means, check)
 
 
-def plan(
-    source: Source, to: Store, *, parallel: Parallel, text: str, max_part_size: int, dtype: str, keep_dropped: bool
-) -> Job:
+def plan(source: Source, to: Store, parallel: Parallel, cut: Cut) -> Job:
     """The job that writes a source's ranks. Reads the source's headers and a few samples; writes nothing."""
-    named = pattern.parse(text, tp=parallel.tp, pp=parallel.pp)
+    named = pattern.parse(cut.pattern, tp=parallel.tp, pp=parallel.pp)
     layout = sources.layout_of(source)
-    held = sources.target_dtype(source, dtype, layout)
+    held = sources.target_dtype(source, cut.dtype, layout)
     equal = sources.equal_in(source, memoryview(bytearray(2 * _COMPARED)))
     outline = layout.outline(Model(source.config, source.inventory, held, equal), parallel)
     amendments = {**outline.amendments, **_dtype_amendment(source, held)}
     config = sources.amended(source.config_text, amendments)
-    dropped = _dropped(source, outline, keep_dropped)
+    dropped = _dropped(source, outline, cut.keep_dropped)
     side = sources.side_records(source, config)
     made = Manifest(
         written_by=f"shardtool {__version__}",
@@ -134,8 +105,8 @@ def plan(
         tp=parallel.tp,
         pp=parallel.pp,
         dtype=held,
-        pattern=text,
-        max_part_size=max_part_size,
+        pattern=cut.pattern,
+        max_part_size=cut.max_part_size,
         config=source.config_text,
         amendments=amendments,
         sample=sources.sample_of(source),
@@ -145,7 +116,7 @@ def plan(
         recipe=outline.recipe,
         side_files=side,
     )
-    files = _files(made, parallel, named, max_part_size)
+    files = _files(made, parallel, named, cut.max_part_size)
     parts = max(part for part, _ in files) + 1
     places = [parallel.place(rank) for rank in parallel.ranks]
     pattern.check_names(named, places, parts, [s.key for s in side], whole_key=pattern.matched_whole(to.uri))

@@ -31,6 +31,7 @@ from shardtool.manifest import FileRecord, Manifest
 from shardtool.mosaic import Logical, resolve
 from shardtool.ops import source as sources
 from shardtool.ops import structure
+from shardtool.ops.job import Means
 from shardtool.ops.limits import MOST, READ, readers, want
 from shardtool.ops.source import Source
 from shardtool.ops.structure import FileCheck
@@ -39,7 +40,6 @@ from shardtool.schedule import Target, whole_target
 from shardtool.sinks.compare import CompareSink, Difference
 from shardtool.sinks.digest import DigestSink
 from shardtool.stores.base import Store
-from shardtool.units import parse_size
 
 Told = Callable[[int, int], None] | None
 
@@ -103,7 +103,6 @@ def verify(
     if quick and against is not None:
         raise UsageError("--quick looks at no tensor and --against at all of them; use one of the two")
     began = time.monotonic()
-    limit = None if memory_limit is None else parse_size(memory_limit, "--memory-limit")
     uri = os.fspath(uri)
     try:
         checkpoint = open_checkpoint(uri, shard_pattern=pattern)
@@ -117,15 +116,15 @@ def verify(
             report.files += structure.check_side_files(checkpoint, made, digests=not quick)
             checkpoint = Checkpoint(uri, checkpoint.store, checkpoint.kind, tuple(files), made)
             if against is not None:  # before hours are spent on digests
-                _limit(limit, len(checkpoint.ranks), CompareSink.staging)
+                _limit(memory_limit, len(checkpoint.ranks), CompareSink.staging)
             if not quick:
                 report.depth = "digests"
-                _digests(checkpoint.store, files, made, report, limit, concurrency, progress)
+                _digests(checkpoint.store, files, made, report, memory_limit, concurrency, progress)
         if against is not None:
             report.depth = "equality"
             other = sources.open_source(os.fspath(against))
             with other.store:
-                _against(checkpoint, made, other, report, limit, concurrency, progress)
+                _against(checkpoint, made, other, report, memory_limit, concurrency, progress)
     report.seconds = time.monotonic() - began
     return report
 
@@ -157,7 +156,7 @@ def _structure(checkpoint: Checkpoint, report: Report, *, quick: bool, compared:
     return made
 
 
-def _limit(limit: int | None, files: int, staging: int) -> int:
+def _limit(limit: int | str | None, files: int, staging: int) -> int:
     """The memory limit for reading ``files`` files side by side."""
     least = max(1, files) * staging * (schedule.FLOOR + schedule.ALIGN) + schedule.FLOOR + schedule.ALIGN
     return limit_of(limit, least=least, what="a verification", most=MOST)
@@ -194,7 +193,7 @@ def _digests(
     files: Sequence[WeightFile],
     made: Manifest,
     report: Report,
-    limit: int | None,
+    limit: int | str | None,
     concurrency: int | None,
     progress: Told,
 ) -> None:
@@ -245,7 +244,7 @@ def _unlike(record: FileRecord, file: WeightFile, found: Sequence[digest.TensorD
     return troubles
 
 
-def check_input(source: Source, *, memory_limit: int | None, concurrency: int | None, progress: Told = None) -> None:
+def check_input(source: Source, means: Means) -> None:
     """Check the digests of shards that are about to be converted.
 
     Raises ``ChecksumMismatch`` that names the first damage.
@@ -257,7 +256,7 @@ def check_input(source: Source, *, memory_limit: int | None, concurrency: int | 
     report = Report(source.uri, "sharded", "digests")
     report.files, files = structure.check_files(checkpoint, origin)
     report.files += structure.check_side_files(checkpoint, origin, digests=True)
-    _digests(source.store, files, origin, report, memory_limit, concurrency, progress)
+    _digests(source.store, files, origin, report, means.memory_limit, means.concurrency, means.progress)
     own = {structure.WHOLE, *(record.key for record in origin.files), *(side.key for side in origin.side_files)}
     bad = [check for check in report.files if not check.ok and check.key in own]  # foreign files are not read
     if bad:
@@ -273,7 +272,7 @@ def _against(
     made: Manifest | None,
     other: Source,
     report: Report,
-    limit: int | None,
+    limit: int | str | None,
     concurrency: int | None,
     progress: Told,
 ) -> None:

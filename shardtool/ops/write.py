@@ -1,18 +1,14 @@
-"""Writing a checkpoint: plan its steps under a limit, write what is missing, commit.
+"""Writing a checkpoint, from the look at its output to the commit.
 
-::
-
-    summary     what a job will cost, before anything is written
-    run         look at the output -> write what is missing, with a record of each file -> commit if that was the last
+Steps are planned under a limit; what is missing is written, each file with a record; whoever writes the last commits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import merge
 from itertools import groupby
-from typing import Any
 
 from shardtool import schedule
 from shardtool.budget import Arena, limit_of
@@ -21,7 +17,7 @@ from shardtool.header import sort_key
 from shardtool.manifest import FileRecord
 from shardtool.mosaic import resolve
 from shardtool.ops import output
-from shardtool.ops.job import Job, Summary
+from shardtool.ops.job import Job, Means, Summary
 from shardtool.ops.limits import MOST, READ, readers, want
 from shardtool.plan import Catalog, File, Tensor
 from shardtool.schedule import Step, Target
@@ -79,7 +75,7 @@ class _Memory:
         return want(self.arena)
 
 
-def _memory(job: Job, files: Sequence[tuple[int, File]], to: Store, limit: int | None) -> _Memory:
+def _memory(job: Job, files: Sequence[tuple[int, File]], to: Store, limit: int | str | None) -> _Memory:
     """Divide the limit, or refuse it with the number that would do."""
     units = max((to.unit(file.size) for _, file in files), default=0)
     slots = max((len(wave) for wave in _waves(files)), default=0) if units else 0
@@ -100,72 +96,45 @@ def _steps(wave: Sequence[File], catalog: Catalog, sinks: Mapping[str, FileSink]
     return schedule.steps(_groups(wave, catalog, sinks), limit=memory.arena, want=memory.want, longest=longest)
 
 
-def summary(
-    job: Job, to: Store, *, memory_limit: int | None, ranks: Sequence[int] | None = None, overwrite: bool = False
-) -> Summary:
-    """What the job will write and read, and the memory that it needs. Plans every step; moves nothing.
+def perform(job: Job, to: Store, means: Means, check: Callable[[], None] | None = None) -> Summary:
+    """Write what is missing of the job, and commit it if that was the last; with ``dry_run``, say what that would be.
 
-    Refuses what ``run`` would refuse.
+    ``check`` is called once it is clear that the job can be done, and before anything is written.
     """
-    files = job.of_ranks(ranks)
-    memory = _memory(job, files, to, memory_limit)
-    output.look(job, to, overwrite=overwrite, ranks=ranks)
-    reads = sum(
-        read.nbytes for wave in _waves(files) for step in _steps(wave, job.catalog, {}, memory) for read in step.reads
-    )
-    return _summary(job, files, memory, reads)
+    files = job.of_ranks(means.ranks)
+    memory = _memory(job, files, to, means.memory_limit)
+    threads = readers(means.concurrency)
+    state = output.look(job, to, overwrite=means.overwrite, ranks=means.ranks)
+    planned = _planned(job, files, memory)
+    if means.dry_run:
+        steps = (step for wave in _waves(files) for step in _steps(wave, job.catalog, {}, memory))
+        return replace(planned, bytes_to_read=sum(read.nbytes for step in steps for read in step.reads))
+    if state.complete:
+        output.restore(job, to, state)
+        return replace(planned, kept=planned.bytes_to_write, complete=True)
+    if check is not None:
+        check()
+    done = output.begin(job, to, state)
+    left = tuple((part, file) for part, file in files if file.key not in done)
+    total = planned.bytes_to_write
+    kept = total - sum(file.size for _, file in left)
+    reads = _write(job, left, to, memory, threads, _told(means.progress, kept, total))
+    complete = output.commit(job, to)
+    return replace(planned, bytes_to_read=reads, written=total - kept, kept=kept, complete=complete)
 
 
-def _summary(job: Job, files: Sequence[tuple[int, File]], memory: _Memory, reads: int) -> Summary:
+def _planned(job: Job, files: Sequence[tuple[int, File]], memory: _Memory) -> Summary:
+    """The job's summary before anything is read or written."""
     return Summary(
         what=job.what,
         files=tuple((file.key, file.rank, file.size) for _, file in files),
         bytes_to_write=sum(file.size for _, file in files),
-        bytes_to_read=reads,
+        bytes_to_read=0,
         least_memory=memory.least,
         memory_limit=memory.limit,
         notes=job.notes,
         details=job.details,
     )
-
-
-def run(
-    job: Job,
-    to: Store,
-    *,
-    memory_limit: int | None,
-    concurrency: int | None,
-    ranks: Sequence[int] | None,
-    overwrite: bool,
-    progress: Callable[[int, int], None] | None,
-) -> Summary:
-    """Write what is missing of the job, and commit it if that was the last.
-
-    Nothing is written if it cannot be planned.
-    """
-    files = job.of_ranks(ranks)
-    memory = _memory(job, files, to, memory_limit)
-    threads = readers(concurrency)
-    state = output.look(job, to, overwrite=overwrite, ranks=ranks)
-    if state.complete:
-        output.restore(job, to, state)
-        return _finished(job, files, memory, kept=sum(file.size for _, file in files))
-    done = output.begin(job, to, state)
-    left = tuple((part, file) for part, file in files if file.key not in done)
-    total = sum(file.size for _, file in files)
-    kept = total - sum(file.size for _, file in left)
-    reads = _write(job, left, to, memory, threads, _told(progress, kept, total))
-    complete = output.commit(job, to)
-    result = _summary(job, files, memory, reads)
-    return Summary(**{**_fields(result), "written": total - kept, "kept": kept, "complete": complete})
-
-
-def _fields(value: Summary) -> dict[str, Any]:
-    return {name: getattr(value, name) for name in value.__dataclass_fields__}
-
-
-def _finished(job: Job, files: Sequence[tuple[int, File]], memory: _Memory, kept: int) -> Summary:
-    return Summary(**{**_fields(_summary(job, files, memory, 0)), "kept": kept, "complete": True})
 
 
 def _told(progress: Callable[[int, int], None] | None, done: int, total: int) -> Progress | None:
