@@ -42,6 +42,8 @@ from shardtool.sinks.digest import DigestSink
 from shardtool.stores.base import Store
 
 Told = Callable[[int, int], None] | None
+LANES = 8
+"""Files that are hashed side by side, if there is memory for so many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +160,7 @@ def _structure(checkpoint: Checkpoint, report: Report, *, quick: bool, compared:
 
 def _limit(limit: int | str | None, files: int, staging: int) -> int:
     """The memory limit for reading ``files`` files side by side."""
-    least = max(1, files) * staging * (schedule.FLOOR + schedule.ALIGN) + schedule.FLOOR + schedule.ALIGN
+    least = max(1, files) * staging * schedule.FLOOR + schedule.FLOOR + schedule.ALIGN
     return limit_of(limit, least=least, what="a verification", most=MOST)
 
 
@@ -201,8 +203,9 @@ def _digests(
     checks = {check.key: check for check in report.files}
     records = {record.key: record for record in made.files}
     sound = [file for file in files if checks[file.key].ok]
-    side_by_side = max(1, min(8, len(sound)))
-    arena = Arena(min(MOST, _limit(limit, side_by_side, 1)))
+    arena = Arena(min(MOST, _limit(limit, 1, 1)))
+    room = (arena.size - schedule.ALIGN) // schedule.FLOOR - 1  # for tiles, beside one read
+    side_by_side = max(1, min(LANES, len(sound), room))
     total = sum(file.size for file in sound)
     sinks: dict[str, DigestSink] = {}
 
