@@ -174,9 +174,11 @@ def limit_of(memory_limit: int | str | None, *, least: int, what: str, most: int
 
     Raises ``BudgetTooSmall`` with the number that would do for ``what``.
     """
-    limit = default_limit() if memory_limit is None else parse_size(memory_limit, "--memory-limit")
-    if limit == -1 or memory_limit is None:
-        return max(limit if memory_limit is None else most, least)
+    if memory_limit is None:
+        return max(default_limit(), least)
+    limit = parse_size(memory_limit, "--memory-limit")
+    if limit == -1:
+        return max(most, least)
     if limit < -1:
         raise UsageError(f"--memory-limit {limit} is not a size; -1 is no limit and 0 the least that does")
     if 0 < limit < least:

@@ -65,17 +65,13 @@ def stored_of(key: str, entry: Entry) -> Stored:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """An opened checkpoint.
-
-    ``wanted``: names that the index declares, or None where every tensor of the files counts.
-    """
+    """An opened checkpoint. Where there is an index, its files show only the tensors that it takes from them."""
 
     uri: str
     store: Store
     kind: str
     files: tuple[WeightFile, ...]
     manifest: Manifest | None = None
-    wanted: frozenset[str] | None = None
     objects: Mapping[str, Object] = field(default_factory=dict)
 
     @property
@@ -90,8 +86,6 @@ class Checkpoint:
             if file.rank != rank:
                 continue
             for entry in file.header.entries:
-                if self.wanted is not None and entry.name not in self.wanted:
-                    continue
                 if entry.name in found:
                     raise FormatError(
                         f"{self.uri}: tensor {entry.name!r} is in {found[entry.name][0].key} and in {file.key}: remove "
@@ -286,20 +280,22 @@ def _indexed(uri: str, store: Store, objects: Mapping[str, Object], index: str) 
     weight_map = table.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise FormatError(f"{where} is damaged: it has no weight_map from tensors to files")
-    for key in set(weight_map.values()):
+    names_in: dict[str, set[str]] = {}
+    for name, key in weight_map.items():
+        names_in.setdefault(key, set()).add(name)
+    for key in names_in:
         try:
             check_key(key)
         except UsageError:
             raise FormatError(f"{where} names the file {key!r}, which is not inside the checkpoint") from None
         if key not in objects:
             raise Incomplete(f"{store.locate(key)} is missing; {index} lists it, fetch the checkpoint again")
-    files = _files(store, [(objects[key], None, 0) for key in sorted(set(weight_map.values()))])
-    has = {file.key: {entry.name for entry in file.header.entries} for file in files}
-    for name, key in weight_map.items():
-        if name not in has[key]:
-            raise FormatError(f"{where} says that tensor {name!r} is in {key}, but it is not there")
-    chosen = tuple(_only(file, {name for name, key in weight_map.items() if key == file.key}) for file in files)
-    return Checkpoint(uri, store, "huggingface", chosen, wanted=frozenset(weight_map), objects=objects)
+    files = _files(store, [(objects[key], None, 0) for key in sorted(names_in)])
+    for file in files:
+        if lost := names_in[file.key] - {entry.name for entry in file.header.entries}:
+            raise FormatError(f"{where} says that tensor {min(lost)!r} is in {file.key}, but it is not there")
+    chosen = tuple(_only(file, names_in[file.key]) for file in files)
+    return Checkpoint(uri, store, "huggingface", chosen, objects=objects)
 
 
 def _only(file: WeightFile, names: set[str]) -> WeightFile:

@@ -83,12 +83,13 @@ def plan(source: Source, origin: Manifest, most: int) -> Job:
             narrowed[name] = dtype = held.dtype
         tensors[name] = itself(name, dtype, logical.shape)
     part_of = split_parts({name: t.nbytes for name, t in tensors.items()}, most)
-    count = max(part_of.values(), default=0) + 1
+    parts: list[list[Tensor]] = [[] for _ in range(max(part_of.values(), default=0) + 1)]
+    for name, tensor in tensors.items():
+        parts[part_of[name]].append(tensor)
     files = []
-    for part in range(count):
-        chosen = [t for name, t in tensors.items() if part_of[name] == part]
+    for part, chosen in enumerate(parts):
         chosen.sort(key=lambda t: header.sort_key(t.name, t.dtype))
-        key = f"model-{part + 1:05d}-of-{count:05d}.safetensors"
+        key = f"model-{part + 1:05d}-of-{len(parts):05d}.safetensors"
         files.append((part, File(key, None, tuple(chosen), (("format", "pt"),))))
     config = sources.amended(source.config_text, _config_amendments(origin, narrowed))
     sample = sources.sample_of(source)

@@ -24,7 +24,6 @@ from shardtool.units import parse_size, show_size
 PART_SIZE = 5 << 30
 KEPT_MOST = 64 << 20
 """Bytes of dropped source tensors that are kept beside the shards, so that ``merge`` gives them back."""
-_COMPARED = 1 << 20
 
 
 def save(
@@ -93,8 +92,7 @@ def plan(source: Source, to: Store, parallel: Parallel, cut: Cut) -> Job:
     named = pattern.parse(cut.pattern, tp=parallel.tp, pp=parallel.pp)
     layout = sources.layout_of(source)
     held = sources.target_dtype(source, cut.dtype, layout)
-    equal = sources.equal_in(source, memoryview(bytearray(2 * _COMPARED)))
-    outline = layout.outline(Model(source.config, source.inventory, held, equal), parallel)
+    outline = layout.outline(Model(source.config, source.inventory, held, sources.equal_in(source)), parallel)
     amendments = {**outline.amendments, **_dtype_amendment(source, held)}
     config = sources.amended(source.config_text, amendments)
     dropped = _dropped(source, outline, cut.keep_dropped)

@@ -37,6 +37,7 @@ _WEIGHTS = re.compile(
 )
 _HIDDEN = re.compile(r"(^|/)\.|(^|/)original/|(^|/)__pycache__/|^shardtool\.json$")
 COPIED = 1 << 20
+"""Bytes that are copied or compared at a time, aside from the engine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +227,7 @@ def sample_of(source: Source) -> str:
         return digest.of_bytes("".join(pool.map(ends, source.stored[::step])).encode())
 
 
-def equal_in(source: Source, block: memoryview) -> Callable[[str, str], bool]:
+def equal_in(source: Source) -> Callable[[str, str], bool]:
     """Compares two tensors of a source, block by block."""
 
     def equal(a: str, b: str) -> bool:
@@ -237,10 +238,9 @@ def equal_in(source: Source, block: memoryview) -> Callable[[str, str], bool]:
         assert y is not None
         if (x.dtype, x.shape) != (y.dtype, y.shape):
             return False
-        half = len(block) // 2
-        left, right = block[:half], block[half : 2 * half]
-        for at in range(0, x.nbytes, half):
-            n = min(half, x.nbytes - at)
+        left, right = memoryview(bytearray(COPIED)), memoryview(bytearray(COPIED))
+        for at in range(0, x.nbytes, COPIED):
+            n = min(COPIED, x.nbytes - at)
             source.store.readinto(x.key, x.offset + at, left[:n])
             source.store.readinto(y.key, y.offset + at, right[:n])
             if digest.of_chunk(left[:n]) != digest.of_chunk(right[:n]):

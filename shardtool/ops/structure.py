@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from shardtool import digest, header, pattern
-from shardtool.checkpoint import Checkpoint, WeightFile
-from shardtool.errors import PlanError, ShardtoolError, StoreError
+from shardtool import pattern
+from shardtool.checkpoint import Checkpoint, WeightFile, read_header
+from shardtool.errors import ChecksumMismatch, PlanError, ShardtoolError, StoreError
 from shardtool.manifest import FileRecord, Manifest
 from shardtool.mosaic import Logical, check_target, held_once
 from shardtool.ops.source import digest_of
@@ -82,16 +82,12 @@ def _open(store: Store, record: FileRecord, check: FileCheck) -> WeightFile | No
         check.why.append(f"{found.size} bytes, the manifest says {record.size}")
         return None
     try:
-        first = bytearray(8)
-        store.readinto(record.key, 0, memoryview(first))
-        text = bytearray(header.length(bytes(first), found.size, record.key))
-        store.readinto(record.key, 8, memoryview(text))
-        if digest.of_bytes(bytes(first + text)) != record.header:
-            check.why.append("its header differs from its digest")
-            return None
-        parsed = header.parse(bytes(text), found.size, record.key)
+        parsed = read_header(store, record.key, found.size, record.header)
     except StoreError:
         raise
+    except ChecksumMismatch:
+        check.why.append("its header differs from its digest")
+        return None
     except ShardtoolError as error:
         check.why.append(str(error))
         return None

@@ -35,7 +35,7 @@ from shardtool.ops.job import Means
 from shardtool.ops.limits import MOST, READ, readers, want
 from shardtool.ops.source import Source
 from shardtool.ops.structure import FileCheck
-from shardtool.plan import Catalog, File, Piece, Stored, Tensor, itself
+from shardtool.plan import Catalog, Piece, Stored, Tensor, itself
 from shardtool.schedule import Target, whole_target
 from shardtool.sinks.compare import CompareSink, Difference
 from shardtool.sinks.digest import DigestSink
@@ -182,14 +182,6 @@ def _run(
     return done
 
 
-def _file_of(file: WeightFile) -> tuple[File, int]:
-    """A file that exists as the plan of itself, and where its tensors begin."""
-    tensors = []
-    for name, stored in file.stored().items():
-        tensors.append(Tensor(name, stored.dtype, stored.shape, tuple, stored=stored))
-    return File(file.key, file.rank, tuple(tensors)), file.header.data_offset
-
-
 def _digests(
     store: Store,
     files: Sequence[WeightFile],
@@ -203,7 +195,7 @@ def _digests(
     checks = {check.key: check for check in report.files}
     records = {record.key: record for record in made.files}
     sound = [file for file in files if checks[file.key].ok]
-    arena = Arena(min(MOST, _limit(limit, 1, 1)))
+    arena = Arena(min(MOST, _limit(limit, 1, DigestSink.staging)))
     room = (arena.size - schedule.ALIGN) // schedule.FLOOR - 1  # for tiles, beside one read
     side_by_side = max(1, min(LANES, len(sound), room))
     total = sum(file.size for file in sound)
@@ -214,9 +206,9 @@ def _digests(
         for first in range(0, len(sound), side_by_side):
             queues = []
             for file in sound[first : first + side_by_side]:
-                plan, start = _file_of(file)
-                sinks[file.key] = DigestSink(plan, start)
-                queues.append(_in_order(plan, sinks[file.key]))
+                sizes = [entry.nbytes for entry in file.header.entries]
+                sinks[file.key] = DigestSink(sizes, file.header.data_offset)
+                queues.append(_in_order(file, sinks[file.key]))
             while group := [target for queue in queues if (target := next(queue, None)) is not None]:
                 yield group
 
@@ -227,11 +219,11 @@ def _digests(
         report.tensors += len(found)
 
 
-def _in_order(file: File, sink: DigestSink) -> Iterator[Target]:
-    for tensor in file.tensors:
-        assert tensor.stored is not None
+def _in_order(file: WeightFile, sink: DigestSink) -> Iterator[Target]:
+    for name, stored in file.stored().items():
+        tensor = Tensor(name, stored.dtype, stored.shape, tuple, stored=stored)
         if tensor.size:
-            yield whole_target(tensor, tensor.stored, sink, tensor.stored.offset, 1)
+            yield whole_target(tensor, stored, sink, stored.offset, DigestSink.staging)
 
 
 def _unlike(record: FileRecord, file: WeightFile, found: Sequence[digest.TensorDigest]) -> list[str]:
@@ -281,23 +273,27 @@ def _against(
 ) -> None:
     """Compare every stored tensor with what the other model says it should be."""
     if checkpoint.kind == "huggingface":
-        compared, total = _whole_tensors(checkpoint, other, report), sum(file.size for file in checkpoint.files)
+        compared = _whole_tensors(checkpoint, other, report)
     else:
         if checkpoint.manifest is None:
             made = _recipe_for(checkpoint, other)
         assert made is not None
         if not _same_inventory(checkpoint, made, other, report):
             return
-        compared, total = _rank_tensors(checkpoint, made, other, report), sum(file.size for file in checkpoint.files)
+        compared = _rank_tensors(checkpoint, made, other, report)
     found: list[CompareSink] = []
     report.tensors = 0
 
     def groups() -> Iterator[list[Target]]:
         for group in compared:
             report.tensors += len(group)
-            yield [Target(c.tensor, c.pieces, CompareSink(checkpoint.store, c.stored, found), 0, 2) for c in group]
+            yield [
+                Target(c.tensor, c.pieces, CompareSink(checkpoint.store, c.stored, found), 0, CompareSink.staging)
+                for c in group
+            ]
 
     arena = Arena(min(MOST, _limit(limit, len(checkpoint.ranks), CompareSink.staging)))
+    total = sum(file.size for file in checkpoint.files)
     report.bytes += _run(groups(), other.store, arena, concurrency, progress, total)
     rank_of = {file.key: file.rank for file in checkpoint.files}
     names = {(file.key, e.offset): e.name for file in checkpoint.files for e in file.header.entries if e.nbytes}
@@ -344,7 +340,7 @@ def _apart(name: str, tensor: Tensor, key: str, why: str, rank: int | None = Non
 
 def _same_inventory(checkpoint: Checkpoint, made: Manifest, other: Source, report: Report) -> bool:
     """Whether both sides are of the same source tensors; what differs is reported."""
-    equal = sources.equal_in(other, memoryview(bytearray(1 << 20)))
+    equal = sources.equal_in(other)
     for name in sorted(set(made.inventory) | set(other.inventory)):
         mine, theirs = made.inventory.get(name), other.inventory.get(name)
         if mine is None:
@@ -414,6 +410,6 @@ def _recipe_for(checkpoint: Checkpoint, other: Source) -> Manifest:
     layout = sources.layout_of(other)
     head, embed = layout.family.tied
     both = {head, embed} <= set(checkpoint.held(0))  # the engine held them apart: then they are stored apart
-    equal = (lambda _a, _b: False) if both else sources.equal_in(other, memoryview(bytearray(1 << 20)))
+    equal = (lambda _a, _b: False) if both else sources.equal_in(other)
     outline = layout.outline(Model(other.config, other.inventory, made.dtype, equal), Parallel(made.tp))
     return replace(made, recipe=outline.recipe, inventory=other.inventory)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from heapq import merge
 from itertools import groupby
 
@@ -14,7 +15,6 @@ from shardtool import schedule
 from shardtool.budget import Arena, limit_of
 from shardtool.engine import Progress, execute
 from shardtool.header import sort_key
-from shardtool.manifest import FileRecord
 from shardtool.mosaic import resolve
 from shardtool.ops import output
 from shardtool.ops.job import Job, Means, Summary
@@ -159,11 +159,8 @@ def _write(
     sinks: dict[str, FileSink] = {}
     read = 0
 
-    def published(record: FileRecord) -> None:
-        output.record(job, to, record)
-
     for part, file in left:
-        sinks[file.key] = FileSink(file, part, to, published, slots)
+        sinks[file.key] = FileSink(file, part, to, partial(output.record, job, to), slots)
 
     def counted(wave: Sequence[File]) -> Iterator[Step]:
         nonlocal read

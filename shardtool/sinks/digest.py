@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from shardtool import digest
-from shardtool.plan import File
 from shardtool.schedule import Tile
 from shardtool.sinks.lane import Lane, Release
 
 
 class DigestSink:
-    """Reads one file's tensors and keeps nothing but their digests."""
+    """Takes one file's tensors, whose ``sizes`` follow each other from ``start`` on, and keeps but their digests."""
 
     staging = 1
 
-    def __init__(self, file: File, start: int) -> None:
-        self.file = file
-        self._digester = digest.StreamDigester([t.nbytes for t in file.tensors])
+    def __init__(self, sizes: Sequence[int], start: int) -> None:
+        self._digester = digest.StreamDigester(sizes)
         self._lane = Lane(self._digester.update, start)
 
     def room(self, tile: Tile, memory: memoryview) -> memoryview:

@@ -1,8 +1,7 @@
 """Tensors that callers get: filled chunk by chunk, each chunk checked against its digest by the thread that read it.
 
 A tensor in this machine's memory lends itself to the engine, so that bytes are read straight into it. Any other
-destination (a GPU, a parameter that is not contiguous or of another dtype) is reached through the step's block and
-a copy.
+destination (a GPU, a parameter that is not contiguous) is reached through the step's block and a copy.
 """
 
 from __future__ import annotations
