@@ -4,7 +4,8 @@ Three kinds::
 
     sharded      rank files with a manifest
     shards       rank files without one, found by their names (an engine's own ``save_sharded_state``)
-    huggingface  safetensors files of whole tensors; an index, where there is one, decides which files and tensors count
+    huggingface  files of whole tensors, safetensors or else torch.save's ``.bin``; an index, where there is one,
+                 decides which files and tensors count
 
 Everything that is read here is untrusted: paths must stay inside, sizes are bounded, headers are checked.
 """
@@ -19,15 +20,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from shardtool import digest, header, manifest, pattern
+from shardtool import digest, header, manifest, pattern, torchread
 from shardtool.dtypes import DType
 from shardtool.errors import ChecksumMismatch, FormatError, Incomplete, NotFound, UsageError
 from shardtool.header import Entry, Header
 from shardtool.manifest import Manifest
 from shardtool.mosaic import invert
-from shardtool.plan import Stored, Tensor, whole
+from shardtool.plan import Piece, Stored, Tensor, whole
 from shardtool.stores import open_store
 from shardtool.stores.base import Object, Store, check_key
+from shardtool.window import Window, row_major
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
@@ -36,13 +38,17 @@ MAX_JSON = 256 << 20
 MAX_OBJECTS = 200_000
 """Files that a folder may hold before it is taken for something else than a checkpoint."""
 FIRST_READ = 64 << 10
-_FOREIGN = re.compile(r"(^|/)(consolidated[^/]*|adapter_model[^/]*)\.safetensors$")
+KINDS = (".safetensors", ".bin")
+"""The files of whole tensors. Where both are, the engines take the first."""
+_FOREIGN = re.compile(
+    r"^(consolidated[^/]*|adapter_model[^/]*)\.(safetensors|bin)$|(training_args|optimizer)\.bin$"  # as vLLM has it
+)
 _HEADER_READERS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class WeightFile:
-    """One safetensors file: its rank and part, if it belongs to a rank."""
+    """One file of tensors: its rank and part, if it belongs to a rank."""
 
     key: str
     size: int
@@ -57,10 +63,24 @@ class WeightFile:
 
 
 def stored_of(key: str, entry: Entry) -> Stored:
-    """Where a header's entry lies. A type narrower than a byte is taken as the bytes that hold it."""
+    """Where a header's entry lies. A type narrower than a byte is taken as the bytes that hold it.
+
+    Of an entry with strides: all elements from its first to its last.
+    """
     if entry.dtype.bits % 8:
         return Stored(key, DType.U8, (entry.nbytes,), entry.offset)
+    if entry.strides is not None:
+        return Stored(key, entry.dtype, (Window(0, entry.shape, entry.strides).bounds[1],), entry.offset)
     return Stored(key, entry.dtype, entry.shape, entry.offset)
+
+
+def tensor_of(key: str, entry: Entry) -> Tensor:
+    """A header's entry as a tensor to read from; one with strides is a mosaic of one piece."""
+    stored = stored_of(key, entry)
+    if entry.strides is None:
+        return whole(entry.name, stored)
+    piece = Piece(row_major(entry.shape), Window(0, entry.shape, entry.strides), stored)
+    return Tensor(entry.name, entry.dtype, entry.shape, lambda: (piece,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +122,7 @@ class Checkpoint:
 
     def catalog(self) -> dict[str, Tensor]:
         """Every whole tensor of a Hugging Face checkpoint, by name."""
-        return {name: whole(name, stored_of(file.key, entry)) for name, (file, entry) in self.entries().items()}
+        return {name: tensor_of(file.key, entry) for name, (file, entry) in self.entries().items()}
 
     def config_text(self) -> str:
         """The text of config.json. Raises ``NotFound`` where there is none."""
@@ -155,7 +175,7 @@ def read_header(store: Store, key: str, size: int, expected: str | None = None) 
 
 
 def open_checkpoint(uri: str | os.PathLike[str], *, shard_pattern: str | None = None) -> Checkpoint:
-    """Open whatever lies at a URI; a single ``.safetensors`` file too.
+    """Open whatever lies at a URI; a single ``.safetensors`` or ``.bin`` file too.
 
     Reads headers and the manifest or the index, no tensor.
     """
@@ -178,8 +198,8 @@ def open_checkpoint(uri: str | os.PathLike[str], *, shard_pattern: str | None = 
 
 
 def single_file(uri: str) -> tuple[str, str] | None:
-    """Folder and name, if the URI names one safetensors file and not a folder that is called like one."""
-    if not uri.endswith(".safetensors") or os.path.isdir(uri):
+    """Folder and name, if the URI names one file of tensors and not a folder that is called like one."""
+    if not uri.endswith(KINDS) or os.path.isdir(uri):
         return None
     folder, _, name = uri.rpartition("/")
     return folder or ("/" if uri.startswith("/") else "."), name
@@ -213,8 +233,11 @@ def _files(
 
     def one(job: tuple[Object, int | None, int]) -> WeightFile:
         found, rank, part = job
-        text = read_header(store, found.key, found.size, expected.get(found.key))
-        return WeightFile(found.key, found.size, text, rank, part, found.version)
+        if rank is None and found.key.endswith(".bin"):
+            read = torchread.read_header(store, found.key, found.size)
+        else:
+            read = read_header(store, found.key, found.size, expected.get(found.key))
+        return WeightFile(found.key, found.size, read, rank, part, found.version)
 
     if len(jobs) < 2:
         return tuple(map(one, jobs))
@@ -235,22 +258,19 @@ def _without_manifest(uri: str, store: Store, shard_pattern: str | None) -> Chec
         return Checkpoint(uri, store, "shards", _files(store, shards), objects=objects)
     if shard_pattern is not None:
         raise NotFound(f"{uri} has no file that --pattern {shard_pattern!r} names")
-    indexes = [
-        key
-        for key in objects
-        if key.endswith(".safetensors.index.json") and "/" not in key and "consolidated" not in key
-    ]
-    if indexes:
-        return _indexed(uri, store, objects, INDEX if INDEX in indexes else sorted(indexes)[0])
-    plain = [
-        key for key in sorted(objects) if key.endswith(".safetensors") and "/" not in key and not _FOREIGN.search(key)
-    ]
-    if not plain:
-        raise NotFound(
-            f"{uri} has no safetensors files; name the folder of a checkpoint, with its config.json and *.safetensors"
-        )
-    return Checkpoint(
-        uri, store, "huggingface", _files(store, [(objects[key], None, 0) for key in plain]), objects=objects
+    own = sorted(key for key in objects if "/" not in key)
+    there = tuple(kind for kind in KINDS if any(key.endswith(kind) for key in objects))
+    for kind in there or KINDS:  # an index of files of which none is there says nothing
+        indexes = [key for key in own if key.endswith(f"{kind}.index.json") and "consolidated" not in key]
+        if indexes:
+            return _indexed(uri, store, objects, INDEX if INDEX in indexes else indexes[0])
+        plain = [key for key in own if key.endswith(kind) and not _FOREIGN.search(key)]
+        if plain:
+            files = _files(store, [(objects[key], None, 0) for key in plain])
+            return Checkpoint(uri, store, "huggingface", files, objects=objects)
+    raise NotFound(
+        f"{uri} has no safetensors files and no *.bin of torch.save; name the folder of a checkpoint, with its "
+        "config.json and weights"
     )
 
 

@@ -107,8 +107,8 @@ def _drawn(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
 
 
 @contextlib.contextmanager
-def progress(label: str, *, shown: bool) -> Iterator[Tell | None]:
-    """A bar with bytes, speed and time left on stderr; None where it is not a terminal. Many threads may tell."""
+def progress(label: str, *, shown: bool, unit: str = "B") -> Iterator[Tell | None]:
+    """A bar with bytes (or another unit), speed and time left on stderr; None where it is not a terminal. Many threads may tell."""
     if not shown or not terminal(sys.stderr):
         yield None
         return
@@ -117,7 +117,7 @@ def progress(label: str, *, shown: bool) -> Iterator[Tell | None]:
     lock = Lock()
     known = _columns(sys.stderr) > 0
     size = {"dynamic_ncols": True} if known else {"ncols": 80, "nrows": 24}
-    with tqdm(desc=label, unit="B", unit_scale=True, leave=False, file=sys.stderr, **size) as bar:
+    with tqdm(desc=label, unit=unit, unit_scale=unit == "B", leave=False, file=sys.stderr, **size) as bar:
 
         def tell(done: int, total: int) -> None:
             with lock:

@@ -24,13 +24,17 @@ BIG = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor of a file: its dtype, shape and where its bytes start in the file."""
+    """One tensor of a file: its dtype, shape and where its bytes start in the file.
+
+    ``strides``, in elements, where these do not follow each other (never in a safetensors file).
+    """
 
     name: str
     dtype: DType
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    strides: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,22 +17,21 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-from shardtool import digest, pattern, recipe
+from shardtool import digest, inventory, parallel, pattern, recipe_json
 from shardtool.dtypes import DType
 from shardtool.errors import FormatError, UsageError
 from shardtool.mosaic import Logical
-from shardtool.recipe import SLOT, Recipe
+from shardtool.parallel import Parallel
+from shardtool.recipe import SLOT, Recipe, filled
 
 KEY = "shardtool.json"
 PRIVATE = ".shardtool/"
 KEPT = ".shardtool/kept.safetensors"
-FORMAT = "shardtool/1"
+FORMAT = "shardtool/2"
+FORMATS = ("shardtool/1", FORMAT)
+"""What is read. The first had no experts, no pipeline stages and no programs."""
 MAX_BYTES = 1 << 30
 """Bytes of manifest that are read at most."""
-MOST_RANKS = 1024
-MOST_TENSORS = 1 << 20
-MOST_LETTERS = 128 << 20
-"""Source tensors, and letters of their names, that a manifest may have: runs of numbers say many in a few bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +116,7 @@ class Manifest:
 
     written_by: str
     layout: Mapping[str, Any]
-    tp: int
-    pp: int
+    parallel: Parallel
     dtype: DType
     pattern: str
     max_part_size: int
@@ -131,13 +129,24 @@ class Manifest:
     recipe: Recipe
     side_files: tuple[SideFile, ...]
     files: tuple[FileRecord, ...] = ()
+    format: str = FORMAT
+
+    @property
+    def tp(self) -> int:
+        """Tensor parallel ranks."""
+        return self.parallel.tp
+
+    @property
+    def pp(self) -> int:
+        """Pipeline stages."""
+        return self.parallel.pp
 
     def _plan(self) -> dict[str, Any]:
         return {
-            "format": FORMAT,
+            "format": self.format,
             "written_by": self.written_by,
             "layout": dict(self.layout),
-            "parallel": {"tp": self.tp, "pp": self.pp},
+            "parallel": self.parallel.to_json() if self.format == FORMAT else {"tp": self.tp, "pp": self.pp},
             "dtype": self.dtype.name,
             "pattern": self.pattern,
             "max_part_size": self.max_part_size,
@@ -146,11 +155,11 @@ class Manifest:
             "amendments": dict(self.amendments),
             "source": {
                 "sample": self.sample,
-                "tensors": _pack(self.inventory),
+                "tensors": inventory.pack(self.inventory),
                 "dropped": [{"name": d.name, "reason": d.reason, "kept": d.kept} for d in self.dropped],
                 "copies": dict(sorted(self.copies.items())),
             },
-            "recipe": recipe.to_json(self.recipe),
+            "recipe": recipe_json.to_json(self.recipe),
             "side_files": [{"key": s.key, "size": s.size, "blake3": s.blake3} for s in self.side_files],
         }
 
@@ -187,7 +196,7 @@ def decode(data: bytes, where: str) -> Manifest:
         or not table["format"].startswith("shardtool/")
     ):
         raise FormatError(f"{where} is not a manifest of shardtool")
-    if table["format"] != FORMAT:
+    if table["format"] not in FORMATS:
         raise FormatError(
             f"{where} has the format {table['format']!r}; this version of shardtool reads {FORMAT!r}, use a newer one"
         )
@@ -209,29 +218,27 @@ def _from_json(table: Mapping[str, Any], where: str) -> Manifest:
     return Manifest(
         written_by=_text(table["written_by"]),
         layout=_table(table["layout"]),
-        tp=_size(table["parallel"]["tp"]),
-        pp=_size(table["parallel"]["pp"]),
+        parallel=parallel.from_json(_table(table["parallel"])),
         dtype=DType[table["dtype"]],
         pattern=_text(table["pattern"]),
         max_part_size=_size(table["max_part_size"]),
         config=_text(table["config"]),
         amendments=_table(table["amendments"]),
         sample=_text(source["sample"]),
-        inventory=_unpack(source["tensors"]),
+        inventory=inventory.unpack(source["tensors"]),
         dropped=tuple(Dropped(_text(d["name"]), _text(d["reason"]), bool(d["kept"])) for d in source["dropped"]),
         copies={_text(copy): _text(of) for copy, of in _table(source["copies"]).items()},
-        recipe=recipe.from_json(table["recipe"], where),
+        recipe=recipe_json.from_json(table["recipe"], where),
         side_files=tuple(
             SideFile(_key(s["key"]), _size(s["size"]), _hex(s["blake3"], 64)) for s in table["side_files"]
         ),
         files=tuple(FileRecord.from_json(f) for f in table["files"]),
+        format=_text(table["format"]),
     )
 
 
 def _check(made: Manifest) -> None:
     """What each value alone does not show: names, ranks and windows that do not fit together. Raises ``ValueError``."""
-    if not (1 <= made.tp <= MOST_RANKS and 1 <= made.pp <= MOST_RANKS):
-        raise ValueError(f"tp {made.tp} and pp {made.pp} are not numbers of ranks")
     ranks = made.tp * made.pp
     try:
         pattern.parse(made.pattern, tp=made.tp, pp=made.pp)
@@ -254,7 +261,7 @@ def _check(made: Manifest) -> None:
         for name, windows in rule.sources().items():
             end = max(window.bounds[1] for window in windows)
             for i in (rule.index or (None,)) if SLOT in name else (None,):
-                logical = made.inventory.get(recipe.filled(name, i))
+                logical = made.inventory.get(filled(name, i))
                 if logical is not None and end > prod(logical.shape):
                     raise ValueError(f"{rule.name!r} takes elements of {name!r} that are beyond its last")
 
@@ -300,36 +307,3 @@ def _key(value: Any) -> str:
     ):
         raise ValueError(f"{value!r} is not a name inside the checkpoint")
     return value
-
-
-_NUMBER = re.compile(r"(?<=\.)(?:0|[1-9]\d{0,8})(?=\.)")
-
-
-def _pack(inventory: Mapping[str, Logical]) -> list[dict[str, Any]]:
-    """The inventory with the layers' numbers folded into runs."""
-    groups: dict[tuple[str, str, tuple[int, ...], bool], list[int]] = {}
-    for name, tensor in inventory.items():
-        number = None if SLOT in name else _NUMBER.search(name)
-        if number:
-            template = name[: number.start()] + SLOT + name[number.end() :]
-            groups.setdefault((template, tensor.dtype.name, tensor.shape, True), []).append(int(number[0]))
-        else:
-            groups[name, tensor.dtype.name, tensor.shape, False] = []
-    return [
-        {"name": name, **({"i": recipe.runs(sorted(index))} if folded else {}), "dtype": dtype, "shape": list(shape)}
-        for (name, dtype, shape, folded), index in sorted(groups.items())
-    ]
-
-
-def _unpack(value: Any) -> dict[str, Logical]:
-    found: dict[str, Logical] = {}
-    counts = [recipe.count(entry["i"]) if "i" in entry else 1 for entry in value]
-    letters = sum(n * len(_text(entry["name"])) for n, entry in zip(counts, value, strict=True))
-    if sum(counts) > MOST_TENSORS or letters > MOST_LETTERS:
-        raise ValueError(f"it lists {sum(counts)} source tensors, whose names have {letters} letters")
-    for entry in value:
-        tensor = Logical(DType[entry["dtype"]], recipe.shape_of(entry["shape"]))
-        numbers = recipe.from_runs(entry["i"]) if "i" in entry else (None,)
-        for i in numbers:
-            found[recipe.filled(entry["name"], i)] = tensor
-    return dict(sorted(found.items()))

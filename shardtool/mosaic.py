@@ -12,21 +12,30 @@ on the bytes, or ``UnsupportedTransform`` is raised.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from threading import Lock
 
 from shardtool.dtypes import DType
 from shardtool.errors import PlanError, UnsupportedTransform
-from shardtool.plan import Catalog, Piece, Stored, Tensor, whole
+from shardtool.plan import Catalog, Piece, Program, Stored, Tensor, whole
 from shardtool.window import Window, join, row_major, simplify, union
 
+Computed = Callable[[Program], Stored]
+"""Where the result of a program can be read."""
 
-def resolve(tensor: Tensor, catalog: Catalog) -> tuple[Piece, ...]:
+
+def resolve(tensor: Tensor, catalog: Catalog, computed: Computed | None = None) -> tuple[Piece, ...]:
     """The tensor's pieces, each citing stored bytes. Replicas in the catalogue are read once: the first that fits."""
     found: list[Piece] = []
     for piece in tensor.pieces():
         if isinstance(piece.source, Stored):
             found.append(piece)
+            continue
+        if isinstance(piece.source, Program):
+            if computed is None:
+                raise PlanError(f"tensor {tensor.name!r} is computed ({piece.source.op}), which is not done here")
+            found.append(Piece(piece.dst, piece.src, computed(piece.source)))
             continue
         source = catalog.get(piece.source)
         if source is None:
@@ -64,18 +73,43 @@ def invert(targets: Iterable[tuple[Tensor, Stored]], inventory: Mapping[str, Log
     """
     holders: dict[str, list[tuple[Tensor, Stored]]] = {}
     for tensor, stored in targets:
-        for name in dict.fromkeys(str(piece.source) for piece in tensor.pieces()):
+        for name in dict.fromkeys(piece.source for piece in tensor.pieces() if isinstance(piece.source, str)):
             holders.setdefault(name, []).append((tensor, stored))
-    return {name: _held(name, inventory[name], held) for name, held in holders.items() if name in inventory}
+    by_source = _BySource()
+    return {name: _held(name, inventory[name], held, by_source) for name, held in holders.items() if name in inventory}
 
 
-def _held(name: str, logical: Logical, held: list[tuple[Tensor, Stored]]) -> Tensor:
+class _BySource:
+    """The pieces of the tensors that were asked for last, by the source that they cite.
+
+    A tensor of stacked experts has a thousand sources, each of which looks for its own pieces in it.
+    """
+
+    MOST = 64
+
+    def __init__(self) -> None:
+        self._found: dict[Tensor, dict[str, list[Piece]]] = {}
+        self._lock = Lock()
+
+    def __call__(self, tensor: Tensor, name: str) -> Iterable[Piece]:
+        with self._lock:
+            found = self._found.get(tensor)
+            if found is None:
+                if len(self._found) >= self.MOST:
+                    del self._found[next(iter(self._found))]
+                found = self._found[tensor] = {}
+                for piece in tensor.pieces():
+                    if isinstance(piece.source, str):
+                        found.setdefault(piece.source, []).append(piece)
+        return found.get(name, ())
+
+
+def _held(name: str, logical: Logical, held: list[tuple[Tensor, Stored]], by_source: _BySource) -> Tensor:
     def pieces() -> tuple[Piece, ...]:
         return tuple(
             Piece(dst, src, stored)
             for tensor, stored in held
-            for piece in tensor.pieces()
-            if piece.source == name
+            for piece in by_source(tensor, name)
             for dst, src in [_first_of_each(piece.src, piece.dst)]
         )
 

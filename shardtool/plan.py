@@ -5,7 +5,8 @@
     File        one destination: a key and its tensors, every offset known
     └── Tensor      name, dtype, shape, and a mosaic: pieces, over a fill where there is padding
         └── Piece       these elements of the target (dst) are those elements (src) of a source
-            └── Stored      a tensor whose bytes exist: object, offset, dtype, shape; or just a name, before ``resolve``
+            ├── Stored      a tensor whose bytes exist: object, offset, dtype, shape; or just a name, before ``resolve``
+            └── Program     or a small tensor that is computed: one operation on mosaics and numbers
 
 A difference of dtype between a piece's source and its target is a cast. Pieces are made when asked for, per tensor: a
 model has hundreds of thousands of them and a plan holds none.
@@ -14,7 +15,7 @@ model has hundreds of thousands of them and a plan holds none.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -44,7 +45,50 @@ class Piece:
 
     dst: Window
     src: Window
-    source: str | Stored
+    source: str | Stored | Program
+
+
+@dataclass(frozen=True, slots=True)
+class Mosaic:
+    """A tensor made of pieces, without a name: what a program takes, and what a rank holds of a target.
+
+    ``fill`` is the value under the pieces.
+    """
+
+    dtype: DType
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    fill: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A tensor that an engine computes while it loads: one operation of ``OPERATIONS`` on whole small tensors.
+
+    ``args``: mosaics, numbers and texts, as the operation takes them. Chains nest: a piece of a mosaic may cite a
+    program again. ``data`` is a constant: its argument is the base64 text of its deflated little-endian bytes.
+    """
+
+    op: str
+    args: tuple[Mosaic | float | str, ...]
+    dtype: DType
+    shape: tuple[int, ...]
+
+    def sources(self) -> Iterator[str]:
+        """The names of all source tensors that it takes, at any depth."""
+        for arg in self.args:
+            for piece in arg.pieces if isinstance(arg, Mosaic) else ():
+                if isinstance(piece.source, Program):
+                    yield from piece.source.sources()
+                else:
+                    yield str(piece.source)
+
+
+OPERATIONS = frozenset(
+    {"abs", "add", "clamp", "data", "div", "exp", "expm1", "log", "log1p", "mul", "neg", "pow", "reciprocal", "rsqrt"}
+    | {"sigmoid", "softplus", "sqrt", "sub", "to"}
+)
+"""What a program may do: element by element as torch does it, ``to`` (another dtype), and ``data``."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -7,6 +7,9 @@ A flag wins over ``SHARDTOOL_*``, which wins over the twin that Run:ai's streame
     --max-part-size   SHARDTOOL_MAX_PART_SIZE                                  a size
     --pattern         SHARDTOOL_PATTERN                                        names of files that are written
     --dtype           SHARDTOOL_DTYPE                                          as the flag
+    --layout          SHARDTOOL_LAYOUT                                         as the flag
+    --engine-python   SHARDTOOL_ENGINE_PYTHON                                  a path
+    --layer-partition SHARDTOOL_LAYER_PARTITION VLLM_PP_LAYER_PARTITION        numbers of layers, for example 16,18
     --device          SHARDTOOL_DEVICE                                         as the flag
     --quiet           SHARDTOOL_QUIET                                          1 or 0
 
@@ -65,6 +68,30 @@ def dtype(flag: str | None) -> str | None:
     """The element type that shards shall have, or None."""
     said = _said(flag, "--dtype", "SHARDTOOL_DTYPE")
     return None if said is None else said[0]
+
+
+def layout(flag: str | None) -> str | None:
+    """The layout by which to cut, or None."""
+    said = _said(flag, "--layout", "SHARDTOOL_LAYOUT")
+    return None if said is None else said[0]
+
+
+def engine_python(flag: str | None) -> str | None:
+    """The interpreter that has the engine, or None."""
+    said = _said(flag, "--engine-python", "SHARDTOOL_ENGINE_PYTHON")
+    return None if said is None else said[0]
+
+
+def layer_partition(flag: str | None) -> tuple[int, ...] | None:
+    """The layers of each pipeline stage, or None. vLLM reads the same variable when it serves."""
+    said = _said(flag, "--layer-partition", "SHARDTOOL_LAYER_PARTITION", "VLLM_PP_LAYER_PARTITION")
+    if said is None:
+        return None
+    text, name = said
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch(r"[0-9]{1,4}", part) for part in parts) or len(parts) > MOST_READERS:
+        raise UsageError(f"{name} {text[:32]!r} is not a number of layers for each stage; write for example 16,18")
+    return tuple(map(int, parts))
 
 
 def device(flag: str | None) -> str | None:

@@ -327,3 +327,68 @@ def _nested(window: Window) -> Window:
             )
         extent += stride * (n - 1)
     return kept
+
+
+def without(k1: Window, v1: Window, k2: Window) -> list[tuple[Window, Window]]:
+    """The pair ``k1``, ``v1`` without the addresses that ``k2`` looks at as well: disjoint pairs.
+
+    No window may meet any of its addresses twice.
+    """
+    (k1, v1), (k2, _) = simplify(k1, v1), simplify(k2, k2)
+    lo1, hi1 = k1.bounds
+    lo2, hi2 = k2.bounds
+    if hi1 <= lo2 or hi2 <= lo1:
+        return [(k1, v1)] if k1.size else []
+    places = sorted({*k1.strides, *k2.strides}) or [1]
+    if any(big % small for small, big in pairwise(places)):
+        return _peeled_without(k1, v1, k2)
+    rest = _boxes(k1, v1, places)
+    for hole in _boxes(k2, k2, places):
+        rest = [left for box in rest for left in _outside(box, hole, places)]
+    found = []
+    for box in rest:
+        shape = tuple(reversed(box.count))
+        start = box.rest + sum(digit * place for digit, place in zip(box.first, places, strict=True))
+        keys = Window(start, shape, tuple(reversed(places)))
+        found.append(simplify(keys, Window(box.offset, shape, tuple(reversed(box.strides)))))
+    return found
+
+
+def _peeled_without(k1: Window, v1: Window, k2: Window) -> list[tuple[Window, Window]]:
+    """``without`` row by row, of the window that is more entangled."""
+    first = _entangled(k1) or (not _entangled(k2) and len(k1.shape) >= len(k2.shape))
+    window = k1 if first else k2
+    dim = max(range(len(window.shape)), key=lambda i: window.strides[i])
+    if window.shape[dim] > MAX_PEELED:
+        raise UnsupportedTransform(f"windows with strides {k1.strides} and {k2.strides} do not fit together")
+    rows = range(window.shape[dim])
+    if first:
+        return [p for i in rows for p in without(k1.narrow(dim, i, 1), v1.narrow(dim, i, 1), k2)]
+    rest = [(k1, v1)]
+    for i in rows:
+        rest = [left for pair in rest for left in without(*pair, k2.narrow(dim, i, 1))]
+    return rest
+
+
+def _outside(box: _Box, hole: _Box, places: list[int]) -> Iterator[_Box]:
+    """What is left of a box beside another: for each place the digits before it and after it, then the next place."""
+    meets = box.rest == hole.rest or places[0] == 1
+    for a, n, b, m in zip(box.first, box.count, hole.first, hole.count, strict=True):
+        meets = meets and max(a, b) < min(a + n, b + m)
+    if not meets:
+        yield box
+        return
+    for i in range(len(places)):
+        lo = max(box.first[i], hole.first[i])
+        hi = min(box.first[i] + box.count[i], hole.first[i] + hole.count[i])
+        if lo > box.first[i]:
+            yield _narrowed(box, i, box.first[i], lo)
+        if hi < box.first[i] + box.count[i]:
+            yield _narrowed(box, i, hi, box.first[i] + box.count[i])
+        box = _narrowed(box, i, lo, hi)
+
+
+def _narrowed(box: _Box, i: int, start: int, end: int) -> _Box:
+    """The box with the digits from ``start`` to ``end`` at one place."""
+    offset = box.offset + (start - box.first[i]) * box.strides[i]
+    return _Box(box.rest, _swap(box.first, i, start), _swap(box.count, i, end - start), offset, box.strides)

@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 
 from shardtool.dtypes import DType
 from shardtool.errors import FormatError
-from shardtool.plan import Piece
-from shardtool.recipe import Recipe, Rule, Share, filled, from_json, from_runs, runs, to_json
+from shardtool.plan import OPERATIONS, Mosaic, Piece, Program
+from shardtool.recipe import Recipe, Rule, Series, Share, filled
+from shardtool.recipe_json import from_json, from_runs, runs, to_json
 from shardtool.window import Window, row_major
 from tests.strategies import Draw, dtypes, names, shapes, views
 
-PLAIN = names().filter(lambda name: "{i}" not in name)
+PLAIN = names().filter(lambda name: "{i}" not in name and "{e}" not in name)
+EXPERTS = st.tuples(PLAIN, PLAIN).map("{e}".join)
 SLOTTED = st.tuples(PLAIN, PLAIN).map("{i}".join)
 
 
@@ -31,8 +33,32 @@ def shares(draw: Draw, ranks: tuple[int, ...], sources: st.SearchStrategy[str]) 
         dst = draw(st.one_of(st.just(row_major(shape)), views(shape).map(lambda view: view.window)))
         strides = tuple(draw(st.integers(0, 99)) for _ in dst.shape)
         src = draw(st.one_of(st.just(dst), st.just(Window(draw(st.integers(0, 99)), dst.shape, strides))))
-        pieces.append(Piece(dst, src, draw(sources)))
+        kind = draw(st.sampled_from(["piece", "piece", "series", "program"]))
+        if kind == "program":
+            pieces.append(Piece(dst, src, draw(programs(sources))))
+        elif kind == "series":
+            numbers = tuple(draw(st.lists(st.integers(0, 20), min_size=1, max_size=4, unique=True)))
+            room = row_major(shape).bounds[1] - dst.bounds[1]
+            step = draw(st.integers(0, max(0, room // len(numbers))))
+            pieces.append(Series(Piece(dst, src, draw(EXPERTS)), numbers, step, draw(st.integers(0, 9))))
+        else:
+            pieces.append(Piece(dst, src, draw(sources)))
     return Share(ranks, shape, tuple(pieces), draw(st.sampled_from([None, 0.0, 1.0, -0.5])))
+
+
+@st.composite
+def programs(draw: Draw, sources: st.SearchStrategy[str], depth: int = 0) -> Program:
+    """An operation on numbers, texts and mosaics, which may cite programs again."""
+    args: list[Any] = []
+    for _ in range(draw(st.integers(0, 2))):
+        if draw(st.booleans()):
+            args.append(draw(st.one_of(st.integers(-9, 9), st.floats(-1, 1), st.text(max_size=3))))
+            continue
+        shape = draw(shapes(dims=2))
+        whole = row_major(shape)
+        inner = programs(sources, depth + 1) if depth < 2 else sources
+        args.append(Mosaic(draw(dtypes()), shape, (Piece(whole, whole, draw(sources | inner)),), draw(st.none())))
+    return Program(draw(st.sampled_from(sorted(OPERATIONS))), tuple(args), draw(dtypes()), draw(shapes(dims=2)))
 
 
 @st.composite
@@ -98,6 +124,41 @@ def test_the_windows_of_each_source_are_those_of_all_ranks():
     assert Rule("t", DType.F32, shares).sources() == {"w": [first, second]}
 
 
+def test_a_series_is_one_piece_for_each_number():
+    window = row_major((2,))
+    series = Series(Piece(window, window.moved(1), "x.{i}.{e}.w"), (3, 5, 4), 2, 10)
+    rule = Rule("t.{i}", DType.F32, (Share((0,), (6,), (series,)),), (7,))
+    (tensor,) = Recipe((rule,)).tensors(0)
+    assert tensor.pieces() == (
+        Piece(window, window.moved(1), "x.7.3.w"),
+        Piece(window.moved(2), window.moved(11), "x.7.5.w"),
+        Piece(window.moved(4), window.moved(21), "x.7.4.w"),
+    )
+    assert set(rule.sources()) == {"x.{i}.3.w", "x.{i}.4.w", "x.{i}.5.w"}
+
+
+def test_the_numbers_of_a_layer_stand_inside_programs_too():
+    window = row_major((2,))
+    inner = Program("exp", (Mosaic(DType.F32, (2,), (Piece(window, window, "a.{i}"),)),), DType.F32, (2,))
+    outer = Program("neg", (Mosaic(DType.F32, (2,), (Piece(window, window, inner),)),), DType.F32, (2,))
+    rule = Rule("t.{i}", DType.F32, (Share((0,), (2,), (Piece(window, window, outer),)),), (4,))
+    (piece,) = next(Recipe((rule,)).tensors(0)).pieces()
+    assert isinstance(piece.source, Program)
+    assert list(piece.source.sources()) == ["a.4"]
+    assert rule.sources() == {}, "a program cannot be read backwards, so nothing is held by it"
+    assert list(rule.programs()) == [outer]
+
+
+def test_programs_inside_each_other_have_a_limit():
+    source: Any = "a"
+    for _ in range(40):
+        source = {"op": "neg", "args": [{"dtype": "F32", "shape": [], "pieces": [{"of": source}]}]}
+        source |= {"dtype": "F32", "shape": []}
+    deep = [{"name": "t", "dtype": "F32", "shares": [{"ranks": [[0, 1]], "shape": [], "pieces": [{"of": source}]}]}]
+    with pytest.raises(FormatError, match="neither a name nor a program"):
+        from_json(deep, "shardtool.json")
+
+
 # Damage.
 
 SOUND: list[dict[str, Any]] = [
@@ -110,7 +171,22 @@ SOUND: list[dict[str, Any]] = [
                 "ranks": [[0, 2]],
                 "shape": [2, 3],
                 "fill": 0.0,
-                "pieces": [{"of": "a.{i}", "shape": [2], "to": [0, 3], "from": [5, 1]}, {"of": "b"}],
+                "pieces": [
+                    {"of": "a.{i}", "shape": [2], "to": [0, 3], "from": [5, 1]},
+                    {"of": "b"},
+                    {"of": "c.{e}", "e": [[0, 2]], "step": [3, 7], "shape": [3], "to": [0, 1], "from": [0, 1]},
+                    {
+                        "of": {
+                            "op": "add",
+                            "args": [{"dtype": "F32", "shape": [2], "fill": 1.0, "pieces": [{"of": "d"}]}, 2, "x"],
+                            "dtype": "F32",
+                            "shape": [2],
+                        },
+                        "shape": [2],
+                        "to": [1, 1],
+                        "from": [0, 1],
+                    },
+                ],
             }
         ],
     }
@@ -167,6 +243,21 @@ DAMAGE: list[tuple[list[Any], Any]] = [
     ([0, "shares", 0, "pieces", 0, "to"], [-1, 3]),
     ([0, "shares", 0, "pieces", 0, "from"], [0, -1]),
     ([0, "shares", 0, "pieces", 0, "from"], None),
+    ([0, "shares", 0, "pieces", 2, "of"], "no slot"),
+    ([0, "shares", 0, "pieces", 2, "e"], [[0, 3]]),  # the third would leave the target
+    ([0, "shares", 0, "pieces", 2, "e"], [[0, 1 << 40]]),
+    ([0, "shares", 0, "pieces", 2, "e"], "0"),
+    ([0, "shares", 0, "pieces", 2, "step"], [3]),
+    ([0, "shares", 0, "pieces", 2, "step"], [-3, 0]),
+    ([0, "shares", 0, "pieces", 2, "step"], [1 << 50, 0]),
+    ([0, "shares", 0, "pieces", 3, "of", "op"], "system"),
+    ([0, "shares", 0, "pieces", 3, "of", "op"], ["add"]),
+    ([0, "shares", 0, "pieces", 3, "of", "args"], 5),
+    ([0, "shares", 0, "pieces", 3, "of", "args", 1], [2]),
+    ([0, "shares", 0, "pieces", 3, "of", "args", 0, "dtype"], "F128"),
+    ([0, "shares", 0, "pieces", 3, "of", "args", 0, "shape"], [-1]),
+    ([0, "shares", 0, "pieces", 3, "of", "dtype"], None),
+    ([0, "shares", 0, "pieces", 3, "of", "shape"], [1 << 60]),
 ]
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``shardtool save|load|verify|reshard|merge|inspect``.
+"""The command line: ``shardtool save|load|verify|reshard|merge|inspect|trace``.
 
 ::
 

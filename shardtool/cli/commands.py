@@ -27,6 +27,22 @@ def _given(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+def _layout(flags: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that say by which layout to cut."""
+    partition = flags["layer_partition"]
+    return {
+        "pp": flags["pp"],
+        "trust_remote_code": flags["trust_remote_code"],
+        **_given(
+            layout=settings.layout(flags["layout"]),
+            layer_partition=settings.layer_partition(partition) if partition or flags["pp"] > 1 else None,
+            engine_version=flags["engine_version"],
+            engine_python=settings.engine_python(flags["engine_python"]),
+            moe_backend=flags["moe_backend"],
+        ),
+    }
+
+
 def _loaded(*uris: str | None) -> Memory:
     """Load what the addresses need beyond the operation's own imports, and note the memory that it all takes."""
     from shardtool.cli.reports import Memory
@@ -43,6 +59,11 @@ def _loaded(*uris: str | None) -> Memory:
 )
 @click.argument("model", callback=options.address)
 @options.tp("Tensor parallel size: how many ranks.")
+@options.pp
+@options.expert_parallel
+@options.layer_partition
+@options.layout
+@options.engine
 @options.output("the shards")
 @options.pattern(options.WRITTEN_PATTERN)
 @options.part_size
@@ -71,8 +92,10 @@ def save(model: str, tp: int, output: str, **flags: Any) -> int:
             model,
             output,
             tp=tp,
+            expert_parallel=flags["expert_parallel"],
             keep_dropped=flags["keep_dropped"],
             ranks=flags["ranks"],
+            **_layout(flags),
             **_given(
                 pattern=settings.pattern(flags["pattern"]),
                 max_part_size=settings.max_part_size(flags["max_part_size"]),
@@ -89,6 +112,15 @@ def save(model: str, tp: int, output: str, **flags: Any) -> int:
 )
 @click.argument("uri", callback=options.address)
 @options.tp("Tensor parallel size of the new shards.")
+@options.pp
+@click.option(
+    "--expert-parallel/--no-expert-parallel",
+    default=None,
+    help="Whole experts on each rank.  [default: as in the input]",
+)
+@options.layer_partition
+@options.layout
+@options.engine
 @options.output("the new shards")
 @options.pattern(options.WRITTEN_PATTERN)
 @options.pattern(options.READ_PATTERN, "--source-pattern")
@@ -111,9 +143,11 @@ def reshard(uri: str, tp: int, output: str, **flags: Any) -> int:
             uri,
             output,
             tp=tp,
+            expert_parallel=flags["expert_parallel"],
             source_pattern=flags["source_pattern"],
             verify=flags["verify"],
             ranks=flags["ranks"],
+            **_layout(flags),
             **_given(
                 pattern=settings.pattern(flags["pattern"]),
                 max_part_size=settings.max_part_size(flags["max_part_size"]),
@@ -231,6 +265,10 @@ def load(uri: str, **flags: Any) -> int:
     callback=options.address,
     help="Compare every tensor with this model, or with shards of it at any size.",
 )
+@click.option(
+    "--engine", metavar="NAME", help="Ask the installed engine (vllm, sglang) whether it would take these shards."
+)
+@options.asked_engine
 @options.pattern(options.READ_PATTERN)
 @options.resources(8)
 @options.speech
@@ -249,6 +287,10 @@ def verify(uri: str, **flags: Any) -> int:
             uri,
             against=flags["against"],
             quick=flags["quick"],
+            engine=flags["engine"],
+            engine_python=settings.engine_python(flags["engine_python"]),
+            trust_remote_code=flags["trust_remote_code"],
+            moe_backend=flags["moe_backend"],
             pattern=flags["pattern"],
             memory_limit=settings.memory_limit(flags["memory_limit"]),
             concurrency=settings.concurrency(flags["concurrency"]),
@@ -256,6 +298,59 @@ def verify(uri: str, **flags: Any) -> int:
         )
     reports.Verified(found, flags["against"], memory).show(quiet=silent, wants_json=wants_json)
     return found.exit_code
+
+
+@main.command(
+    short_help="Ask an engine how it cuts a model.",
+    epilog="Example: shardtool trace ./llama --tp 1,2,4 -o ./llama-layout.json",
+)
+@click.argument("model", callback=options.address)
+@options.tps
+@options.pp
+@options.expert_parallel
+@options.layer_partition
+@click.option("--engine", metavar="NAME", default="vllm", help="vllm or sglang.  [default: vllm]")
+@options.asked_engine
+@click.option(
+    "--dtype", metavar="TYPE", help="auto, bfloat16 or float16; auto is what the engine chooses.  [default: auto]"
+)
+@click.option("--output", "-o", metavar="URI", callback=options.address, help="Where the layout file (*.json) goes.")
+@click.option("--compare", metavar="FILE", help="Say what differs from this layout file, of another version perhaps.")
+@options.speech
+def trace(model: str, tps: tuple[int, ...], **flags: Any) -> int:
+    """Ask an installed engine how it cuts a model: its own loader runs without weights, memory or a GPU.
+
+    The layout file that comes of it serves save --layout on machines without the engine. With --compare it exits with
+    1 if something differs.
+    """
+    from shardtool.cli import reports
+    from shardtool.ops.layout import from_file
+    from shardtool.ops.trace import trace as operation
+
+    silent, wants_json = settings.quiet(flags["quiet"]), flags["wants_json"]
+    earlier = None if flags["compare"] is None else from_file(flags["compare"])
+    partition = flags["layer_partition"]
+    began = time.monotonic()
+    with display.progress("trace", shown=not (silent or wants_json), unit="rank") as tell:
+        found = operation(
+            model,
+            tp=tps,
+            pp=flags["pp"],
+            expert_parallel=flags["expert_parallel"],
+            engine=flags["engine"],
+            trust_remote_code=flags["trust_remote_code"],
+            output=flags["output"],
+            progress=tell,
+            **_given(
+                layer_partition=settings.layer_partition(partition) if partition or flags["pp"] > 1 else None,
+                engine_python=settings.engine_python(flags["engine_python"]),
+                moe_backend=flags["moe_backend"],
+                dtype=settings.dtype(flags["dtype"]),
+            ),
+        )
+    report = reports.Traced(model, flags["output"], found, earlier, time.monotonic() - began)
+    report.show(quiet=silent, wants_json=wants_json)
+    return report.exit_code
 
 
 @main.command(

@@ -78,6 +78,43 @@ def tp(what: str) -> Callable[[F], F]:
     return click.option("--tp", type=int, callback=_number(1), required=True, metavar="N", help=what)
 
 
+def _sizes(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
+    """The sizes of a list such as ``1,2,4``, each once."""
+    parts = [part.strip() for part in value.split(",")]
+    if not all(re.fullmatch(r"[1-9][0-9]{0,3}", part) for part in parts):
+        raise click.BadParameter(f"{value[:60]!r} is not a list of sizes; write for example 1,2,4,8", ctx, param)
+    return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+tps = click.option(
+    "--tp", "tps", callback=_sizes, required=True, metavar="LIST", help="Tensor parallel sizes, for example 1,2,4,8."
+)
+pp = click.option("--pp", type=int, callback=_number(1), default=1, metavar="N", help="Pipeline stages.  [default: 1]")
+expert_parallel = click.option(
+    "--expert-parallel", is_flag=True, help="Whole experts on each rank, as the engine's flag of this name."
+)
+layer_partition = click.option(
+    "--layer-partition",
+    metavar="LIST",
+    help="Layers of each pipeline stage, for example 16,18.  [default: as vLLM divides them]",
+)
+
+
+layout = click.option(
+    "--layout",
+    metavar="L",
+    help="vllm, vllm:builtin, vllm:traced, sglang, transformers, or a file that shardtool trace wrote.",
+)
+asked_engine = _all(
+    click.option("--engine-python", metavar="PATH", help="Python that has the engine.  [default: this one]"),
+    click.option("--trust-remote-code", is_flag=True, help="Let the engine run the model's own code."),
+    click.option("--moe-backend", metavar="NAME", help="The engine's kernel for experts, where shapes depend on it."),
+)
+engine = _all(
+    click.option("--engine-version", metavar="V", help="Version of the engine that a built-in table shall be for."),
+    asked_engine,
+)
+
 rank = click.option(
     "--rank", type=int, callback=_number(0), metavar="R", help="This rank only.  [default: all; under torchrun its own]"
 )
@@ -88,7 +125,10 @@ def pattern(help_text: str, flag: str = "--pattern") -> Callable[[F], F]:
     return click.option(flag, metavar="P", help=help_text)
 
 
-WRITTEN_PATTERN = "Names of the files.  [default: model-rank-{rank}-part-{part}.safetensors]"
+WRITTEN_PATTERN = (
+    "Names of the files; with --pp model-pp-{pp_rank}-tp-{tp_rank}-part-{part}.safetensors."
+    "  [default: model-rank-{rank}-part-{part}.safetensors]"
+)
 READ_PATTERN = "Names of the files of shards that have no manifest."
 
 part_size = click.option("--max-part-size", metavar="SIZE", help="Size of a file at most.  [default: 5GiB]")

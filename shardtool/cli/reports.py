@@ -17,11 +17,15 @@ from shardtool.display import counted, show_seconds, show_speed, speed
 from shardtool.units import show_size
 
 if TYPE_CHECKING:
+    from shardtool.layouts.base import Outline
+    from shardtool.layouts.file import FileLayout
+    from shardtool.layouts.file import Traced as AtSizes
     from shardtool.ops.inspect import Inspection
     from shardtool.ops.job import Summary
     from shardtool.ops.load import LoadReport
     from shardtool.ops.structure import FileCheck
     from shardtool.ops.verify import Report, TensorDifference
+    from shardtool.parallel import Parallel
 
 _RESTS_ON = {"save": " (same headers, samples, flags; shardtool verify --against checks every byte)"}
 """What it rests on that a job counts as done, where not every byte of its source is bound to it."""
@@ -301,6 +305,93 @@ class Inspected:
             "missing": counted(len(found.missing), "file") if found.missing else None,
         }
         yield from ((name, str(value)) for name, value in facts.items() if value is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """What ``trace`` saw, and what changed since an earlier layout file."""
+
+    model: str
+    output: str | None
+    found: FileLayout
+    earlier: FileLayout | None
+    seconds: float
+
+    @property
+    def changes(self) -> list[str]:
+        """What differs from the earlier file, in sentences."""
+        from shardtool.layouts.difference import several
+
+        return [] if self.earlier is None else several(_outlines(self.earlier), _outlines(self.found))
+
+    @property
+    def exit_code(self) -> int:
+        """1 if something differs from the earlier file."""
+        return 1 if self.changes else 0
+
+    def to_json(self) -> dict[str, Any]:
+        """What was traced, size by size."""
+        found = self.found
+        return {
+            "command": "trace",
+            "model": self.model,
+            "output": self.output,
+            "engine": found.engine,
+            "engine_version": found.engine_version,
+            "class": found.model_class,
+            "dtype": found.dtype.name,
+            "layouts": [
+                {
+                    "parallel": one.parallel.to_json(),
+                    "tensors": _count(one),
+                    "dropped": dict(one.dropped),
+                    "aliases": dict(one.aliases),
+                    "amendments": dict(one.amendments),
+                    "uninitialised": dict(one.uninitialised),
+                }
+                for one in found.traced
+            ],
+            "changes": self.changes,
+            "seconds": self.seconds,
+        }
+
+    def show(self, *, quiet: bool, wants_json: bool) -> None:
+        """A line for each size; if ``quiet``, only what changed."""
+        if wants_json:
+            display.as_json(self.to_json())
+            return
+        found = self.found
+        if not quiet:
+            display.table(
+                ("sizes", " tensors", " dropped", " aliases"),
+                [
+                    (
+                        str(one.parallel),
+                        counted(_count(one), "tensor"),
+                        f"{len(one.dropped)} dropped",
+                        f"{len(one.aliases)} aliases",
+                    )
+                    for one in found.traced
+                ],
+            )
+            went = "" if self.output is None else f" -> {self.output}"
+            by = f"{found.engine} {found.engine_version}, {found.model_class}, {found.dtype.name}"
+            display.out(f"{self.model}: traced by {by} in {show_seconds(self.seconds)}{went}")
+        if self.earlier is not None:
+            display.out(*self.changes)
+            if not self.changes and not quiet:
+                display.out(f"nothing changed since {self.earlier.engine} {self.earlier.engine_version}")
+
+
+def _outlines(layout: FileLayout) -> dict[Parallel, Outline]:
+    from shardtool.layouts.base import Outline
+
+    return {one.parallel: Outline(one.recipe, one.dropped, one.copies, one.amendments) for one in layout.traced}
+
+
+def _count(traced: AtSizes) -> int:
+    """Tensors of all ranks."""
+    return sum(len(share.ranks) * (len(rule.index) or 1) for rule in traced.recipe.rules for share in rule.shares)
 
 
 def _took(nbytes: int, seconds: float) -> str:

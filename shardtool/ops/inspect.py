@@ -29,7 +29,7 @@ from shardtool.ops.rank import text
 
 @dataclass(frozen=True, slots=True)
 class FileSummary:
-    """One safetensors file. ``bytes``: of its tensors; ``size``: of the file."""
+    """One file of tensors. ``bytes``: of its tensors; ``size``: of the file."""
 
     key: str
     rank: int | None
@@ -90,7 +90,7 @@ class Inspection:
 
 
 def inspect(uri: str | os.PathLike[str], *, tensors: str | None = None, pattern: str | None = None) -> Inspection:
-    """Summarise any checkpoint: sharded with or without a manifest, Hugging Face, or a single safetensors file.
+    """Summarise any checkpoint: sharded with or without a manifest, Hugging Face, or a single file of tensors.
 
     ``tensors``: a shell pattern (``model.layers.0.*``); the stored tensors that it names are listed. ``pattern``:
     the names of shards without a manifest. Raises ``NotFound`` where there is no checkpoint, or no such tensor.
@@ -116,7 +116,7 @@ def inspect(uri: str | os.PathLike[str], *, tensors: str | None = None, pattern:
             tensors=sum(one.tensors for one in dtypes),
             elements=sum(one.elements for one in dtypes),
             bytes=sum(one.bytes for one in dtypes),
-            parameters=_parameters(checkpoint, dtypes),
+            parameters=_parameters(checkpoint),
             dropped=len(made.dropped) if made else 0,
             files=tuple(_file(file) for file in sorted(checkpoint.files, key=_place)),
             dtypes=dtypes,
@@ -182,10 +182,11 @@ def _dtypes(files: Iterable[WeightFile]) -> tuple[DTypeSummary, ...]:
     return tuple(sorted(found, key=lambda one: (-one.bytes, one.dtype)))
 
 
-def _parameters(checkpoint: Checkpoint, dtypes: Iterable[DTypeSummary]) -> int | None:
+def _parameters(checkpoint: Checkpoint) -> int | None:
     """Elements of the model, each once."""
-    if not checkpoint.ranks:
-        return sum(one.elements for one in dtypes)
+    if not checkpoint.ranks:  # tensors of a torch file may share their elements
+        every = ((file.key, entry) for file in checkpoint.files for entry in file.header.entries)
+        return sum({(key, entry.offset, entry.nbytes): math.prod(entry.shape) for key, entry in every}.values())
     made = checkpoint.manifest or _inferred(checkpoint)
     if made is None:
         return None

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shardtool import manifest
+from shardtool.computed import Resolve
 from shardtool.errors import UsageError
 from shardtool.manifest import FileRecord
-from shardtool.plan import Catalog, File
+from shardtool.plan import File
 from shardtool.stores.base import Object, Store
 
 _NUMBER = re.compile(r"[0-9]{1,18}")
@@ -19,6 +20,8 @@ _NUMBER = re.compile(r"[0-9]{1,18}")
 @dataclass(frozen=True)
 class Job:
     """A checkpoint to write. ``files``: each with its part; those of one part are written together.
+
+    ``resolve``: a target's pieces over the objects of ``source``.
 
     ``weights``: the source's files, with their versions; a job that is taken up again must find them as they were.
 
@@ -29,7 +32,7 @@ class Job:
     what: str
     fingerprint: str
     files: tuple[tuple[int, File], ...]
-    catalog: Catalog
+    resolve: Resolve
     source: Store
     weights: tuple[Object, ...]
     beside: Set[str]
@@ -40,6 +43,7 @@ class Job:
     stale: Callable[[str], bool]  # whether --overwrite may remove a file of this name
     notes: tuple[str, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
+    computing: int = 0  # bytes that computed tensors take
 
     def of_ranks(self, ranks: Sequence[int] | None) -> tuple[tuple[int, File], ...]:
         """The files of some ranks. What belongs to no rank goes with rank 0."""

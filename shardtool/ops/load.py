@@ -25,13 +25,12 @@ from typing import TYPE_CHECKING, Any
 
 from shardtool import digest, schedule
 from shardtool.budget import Arena, Gate, limit_of, peak_memory
-from shardtool.checkpoint import Checkpoint, stored_of
+from shardtool.checkpoint import Checkpoint, tensor_of
 from shardtool.engine import execute
 from shardtool.errors import TensorMismatch, UsageError
 from shardtool.ops.limits import readers
 from shardtool.ops.rank import Item, chosen, equal, items, number, opened
-from shardtool.plan import Tensor
-from shardtool.schedule import Target, whole_target
+from shardtool.schedule import Target
 
 if TYPE_CHECKING:
     import torch
@@ -91,9 +90,11 @@ def stream(
     """
     checkpoint = opened(uri, rank, pattern)
     with checkpoint.store.closed_on_failure():
-        found, places = items(checkpoint, chosen(checkpoint, rank), verify=verify), _Fresh(device)
-        means = _means(checkpoint, found, places, memory_limit, concurrency)
-    return _closing(checkpoint, _stream(checkpoint, found, places, means, progress))
+        found = items(checkpoint, chosen(checkpoint, rank), verify=verify)
+        tensors = handed(
+            checkpoint, found, device, memory_limit=memory_limit, concurrency=concurrency, progress=progress
+        )
+    return _closing(checkpoint, tensors)
 
 
 def _closing(checkpoint: Checkpoint, tensors: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
@@ -153,11 +154,42 @@ def load_into(
     given = target.state_dict(keep_vars=True) if isinstance(target, torch.nn.Module) else dict(target)
     tensors = {name: tensor for name, tensor in given.items() if isinstance(tensor, torch.Tensor)}
     checkpoint = opened(uri, rank, pattern)
-    with checkpoint.store, torch.no_grad():
-        found, places = items(checkpoint, chosen(checkpoint, rank), verify=verify), _Given(tensors)
+    with checkpoint.store:
+        found = items(checkpoint, chosen(checkpoint, rank), verify=verify)
+        fill(checkpoint, found, tensors, memory_limit=memory_limit, concurrency=concurrency, progress=progress)
+
+
+def fill(
+    checkpoint: Checkpoint,
+    found: list[Item],
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    memory_limit: int | str | None = None,
+    concurrency: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """``load_into`` for some tensors of a checkpoint that is open: each into the tensor of its name, in place."""
+    import torch
+
+    with torch.no_grad():
+        places = _Given(tensors)
         _check_fit(found, tensors, checkpoint)
         means = _means(checkpoint, found, places, memory_limit, concurrency)
         _exhaust(_stream(checkpoint, found, places, means, progress))
+
+
+def handed(
+    checkpoint: Checkpoint,
+    found: list[Item],
+    device: str,
+    *,
+    memory_limit: int | str | None = None,
+    concurrency: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """``stream`` for some tensors of a checkpoint that is open."""
+    places = _Fresh(device)
+    return _stream(checkpoint, found, places, _means(checkpoint, found, places, memory_limit, concurrency), progress)
 
 
 def measure(
@@ -443,6 +475,5 @@ def _handed_over(
 
 def _target(item: Item, sink: TensorSink) -> Target:
     """The tensor as it lies in its file, counted from its own start."""
-    stored = stored_of(item.file.key, item.entry)
-    tensor = Tensor(item.name, stored.dtype, stored.shape, tuple, stored=stored)
-    return whole_target(tensor, stored, sink, 0, sink.staging)
+    tensor = tensor_of(item.file.key, item.entry)
+    return Target(tensor, tensor.pieces(), sink, 0, sink.staging)

@@ -15,6 +15,7 @@ from shardtool.checkpoint import CONFIG, INDEX
 from shardtool.dtypes import DType, lossless
 from shardtool.errors import FormatError, NotFound, PlanError
 from shardtool.manifest import FileRecord, Manifest
+from shardtool.mosaic import resolve
 from shardtool.ops import source as sources
 from shardtool.ops.job import Job, Means, Summary, split_parts
 from shardtool.ops.source import Source
@@ -109,7 +110,7 @@ def plan(source: Source, origin: Manifest, most: int) -> Job:
         what=f"the merged checkpoint of {source.uri}",
         fingerprint=digest.of_bytes(f"merge {plain.fingerprint} {sample} {most}".encode())[:32],
         files=tuple(files),
-        catalog=source.catalog,
+        resolve=lambda tensor: resolve(tensor, source.catalog),
         source=source.store,
         weights=source.weights,
         beside={CONFIG, *(o.key for o in source.side)},

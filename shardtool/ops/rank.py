@@ -14,11 +14,10 @@ import os
 from dataclasses import dataclass
 
 from shardtool import digest
-from shardtool.checkpoint import Checkpoint, WeightFile, open_checkpoint, with_headers
+from shardtool.checkpoint import Checkpoint, WeightFile, open_checkpoint, tensor_of, with_headers
 from shardtool.errors import NotFound, TensorMismatch, UsageError
 from shardtool.header import Entry
-
-_BLOCK = 1 << 20
+from shardtool.ops.equal import equal as equal_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +105,4 @@ def equal(checkpoint: Checkpoint, a: Item, b: Item) -> bool:
         return False
     if a.chunks is not None and b.chunks is not None:
         return a.chunks == b.chunks
-    block = memoryview(bytearray(2 * _BLOCK))
-    left, right = block[:_BLOCK], block[_BLOCK:]
-    for at in range(0, a.entry.nbytes, _BLOCK):
-        n = min(_BLOCK, a.entry.nbytes - at)
-        checkpoint.store.readinto(a.file.key, a.entry.offset + at, left[:n])
-        checkpoint.store.readinto(b.file.key, b.entry.offset + at, right[:n])
-        if left[:n] != right[:n]:
-            return False
-    return True
+    return equal_bytes(checkpoint.store, tensor_of(a.file.key, a.entry), tensor_of(b.file.key, b.entry))

@@ -6,12 +6,13 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from shardtool import pattern
 from shardtool.errors import PlanError
 from shardtool.ops import source as sources
 from shardtool.ops.job import Means, Summary
+from shardtool.ops.layout import Choice
 from shardtool.ops.save import PART_SIZE, Cut, convert
 from shardtool.ops.verify import check_input
+from shardtool.parallel import Parallel
 from shardtool.units import parse_size
 
 
@@ -20,7 +21,15 @@ def reshard(
     output: str | os.PathLike[str],
     *,
     tp: int,
-    pattern: str = pattern.DEFAULT,
+    pp: int = 1,
+    expert_parallel: bool | None = None,
+    layer_partition: Sequence[int] | None = None,
+    layout: str | None = None,
+    engine_version: str | None = None,
+    engine_python: str | None = None,
+    trust_remote_code: bool = False,
+    moe_backend: str | None = None,
+    pattern: str | None = None,
     source_pattern: str | None = None,
     max_part_size: int | str = PART_SIZE,
     verify: bool = True,
@@ -33,9 +42,10 @@ def reshard(
 ) -> Summary:
     """Write the shards of another ``tp``: byte for byte what ``save`` at that tp writes.
 
-    The layout's table in the manifest is evaluated again, so that nothing but the checkpoint is needed. ``verify``:
-    check the input's digests first. ``source_pattern``: the names of shards without a manifest. The rest is as in
-    ``save``.
+    The layout's table in the manifest is evaluated again, so that nothing but the checkpoint is needed. One that was
+    traced knows its own sizes only: for others say ``layout``. ``verify``: check the input's digests first.
+    ``source_pattern``: the names of shards without a manifest. ``expert_parallel``: None is as the input is. The rest
+    is as in ``save``.
     """
     means = Means(
         memory_limit=memory_limit,
@@ -49,6 +59,10 @@ def reshard(
     with source.store:
         if source.origin is None:
             raise PlanError(f"{source.uri} is not sharded; use shardtool save")
-        cut = Cut(tp, pattern, parse_size(max_part_size, "--max-part-size"))
+        whole = source.origin.parallel.ep if expert_parallel is None else expert_parallel
+        partition = None if layer_partition is None else tuple(layer_partition)
+        choice = Choice(layout or "", engine_version, engine_python, trust_remote_code, moe_backend)
+        most = parse_size(max_part_size, "--max-part-size")
+        cut = Cut(Parallel(tp, pp, whole, partition), choice, pattern, most)
         check = partial(check_input, source, means) if verify else None
         return convert(source, os.fspath(output), means, cut, check)

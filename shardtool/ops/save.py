@@ -7,15 +7,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from shardtool import __version__, header, manifest, pattern
+from shardtool import __version__, computed, header, manifest, pattern
 from shardtool.dtypes import DType, lossless
 from shardtool.errors import FormatError, NotFound, UsageError
-from shardtool.layouts.base import Model, Outline, Parallel
+from shardtool.layouts.base import Outline
 from shardtool.manifest import Dropped, FileRecord, Manifest
+from shardtool.ops import layout as layouts
 from shardtool.ops import source as sources
 from shardtool.ops.job import Job, Means, Summary, split_parts
+from shardtool.ops.layout import Choice
 from shardtool.ops.source import Source
 from shardtool.ops.write import perform
+from shardtool.parallel import Parallel
 from shardtool.plan import File, Tensor, itself
 from shardtool.stores import open_store
 from shardtool.stores.base import Store
@@ -31,7 +34,15 @@ def save(
     output: str | os.PathLike[str],
     *,
     tp: int,
-    pattern: str = pattern.DEFAULT,
+    pp: int = 1,
+    expert_parallel: bool = False,
+    layer_partition: Sequence[int] | None = None,
+    layout: str = "vllm",
+    engine_version: str | None = None,
+    engine_python: str | None = None,
+    trust_remote_code: bool = False,
+    moe_backend: str | None = None,
+    pattern: str | None = None,
     max_part_size: int | str = PART_SIZE,
     dtype: str = "auto",
     keep_dropped: bool = False,
@@ -42,12 +53,20 @@ def save(
     dry_run: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
-    """Write what every rank of ``tp`` would hold of a Hugging Face checkpoint, with a manifest.
+    """Write what every rank of ``tp`` (times ``pp``) would hold of a Hugging Face checkpoint, with a manifest.
 
-    ``model``, ``output``: folders or URIs. ``max_part_size``, ``memory_limit``: bytes or a text such as ``5GiB``; a
-    limit of -1 is none, 0 the least that does. ``ranks``: only these, so that several machines share a job; whoever
-    finishes last commits. ``progress`` is told (bytes done, bytes in all). Returns what was done; with ``dry_run``,
-    what would be.
+    ``model``, ``output``: folders or URIs. ``expert_parallel``: whole experts on each rank. ``layer_partition``: the
+    layers of each pipeline stage, where they are not divided as vLLM does by itself.
+
+    ``layout``: ``vllm`` (the built-in table if there is one, else traced), ``vllm:builtin``, ``vllm:traced``,
+    ``sglang``, ``transformers``, or a layout file that ``trace`` wrote. ``engine_version``: of the engine that the
+    table shall be for. ``engine_python``: the interpreter that has the engine. ``trust_remote_code``: whether the
+    engine may run the model's own code. ``moe_backend``: its kernel for experts, where shapes depend on it.
+
+    ``pattern``: names of the shards. ``max_part_size``, ``memory_limit``: bytes or a text such as ``5GiB``; a limit of
+    -1 is none, 0 the least that does. ``ranks``: only these, so that several machines share a job; whoever finishes
+    last commits. ``progress`` is told (bytes done, bytes in all). Returns what was done; with ``dry_run``, what would
+    be.
     """
     means = Means(
         memory_limit=memory_limit,
@@ -61,38 +80,48 @@ def save(
     with source.store:
         sources.refuse_sharded(source)
         most = parse_size(max_part_size, "--max-part-size")
-        return convert(source, os.fspath(output), means, Cut(tp, pattern, most, dtype, keep_dropped))
+        partition = None if layer_partition is None else tuple(layer_partition)
+        parallel = Parallel(tp, pp, expert_parallel, partition)
+        choice = Choice(layout, engine_version, engine_python, trust_remote_code, moe_backend)
+        return convert(source, os.fspath(output), means, Cut(parallel, choice, pattern, most, dtype, keep_dropped))
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """What the shards shall be: how many ranks, which names and sizes, which dtype."""
+    """What the shards shall be: how many ranks, by which layout, which names and sizes, which dtype."""
 
-    tp: int
-    pattern: str
+    parallel: Parallel
+    choice: Choice
+    pattern: str | None
     max_part_size: int
     dtype: str = "auto"
     keep_dropped: bool = False
 
+    @property
+    def names(self) -> str:
+        """The pattern of the shards' names: that which the engine looks for, unless one is said."""
+        if self.pattern is not None:
+            return self.pattern
+        return pattern.DEFAULT_PP if self.parallel.pp > 1 else pattern.DEFAULT
+
 
 def convert(source: Source, uri: str, means: Means, cut: Cut, check: Callable[[], None] | None = None) -> Summary:
     """Shard a source, whole or sharded already. ``check`` is called before anything is written."""
-    parallel = Parallel(cut.tp)
+    parallel = cut.parallel
     if means.ranks is not None and not means.ranks:
         raise UsageError("--ranks names no rank; leave it out to write all of them")
     for rank in means.ranks or ():
         if rank not in parallel.ranks:
-            raise UsageError(f"--ranks names rank {rank}, but --tp {cut.tp} has ranks 0 to {cut.tp - 1}")
+            raise UsageError(f"--ranks names rank {rank}, but {parallel} has ranks 0 to {parallel.ranks[-1]}")
     with open_store(uri) as to:
-        return perform(plan(source, to, parallel, cut), to, means, check)
+        return perform(plan(source, to, cut), to, means, check)
 
 
-def plan(source: Source, to: Store, parallel: Parallel, cut: Cut) -> Job:
+def plan(source: Source, to: Store, cut: Cut) -> Job:
     """The job that writes a source's ranks. Reads the source's headers and a few samples; writes nothing."""
-    named = pattern.parse(cut.pattern, tp=parallel.tp, pp=parallel.pp)
-    layout = sources.layout_of(source)
-    held = sources.target_dtype(source, cut.dtype, layout)
-    outline = layout.outline(Model(source.config, source.inventory, held, sources.equal_in(source)), parallel)
+    parallel = cut.parallel
+    named = pattern.parse(cut.names, tp=parallel.tp, pp=parallel.pp)
+    layout, outline, held = layouts.outlined(source, cut.choice, parallel, cut.dtype)
     amendments = {**outline.amendments, **_dtype_amendment(source, held)}
     config = sources.amended(source.config_text, amendments)
     dropped = _dropped(source, outline, cut.keep_dropped)
@@ -100,10 +129,9 @@ def plan(source: Source, to: Store, parallel: Parallel, cut: Cut) -> Job:
     made = Manifest(
         written_by=f"shardtool {__version__}",
         layout=layout.record(),
-        tp=parallel.tp,
-        pp=parallel.pp,
+        parallel=parallel,
         dtype=held,
-        pattern=cut.pattern,
+        pattern=cut.names,
         max_part_size=cut.max_part_size,
         config=source.config_text,
         amendments=amendments,
@@ -121,6 +149,7 @@ def plan(source: Source, to: Store, parallel: Parallel, cut: Cut) -> Job:
     if kept := _kept_file(made, source):
         files.append((0, kept))
     names = named.regex()
+    store, resolve, computing = computed.over(source.store, source.catalog, made.recipe)
 
     def commit(store: Store, records: Sequence[FileRecord]) -> None:
         store.put(manifest.KEY, made.with_files(records).encode(), exclusive=True)
@@ -133,11 +162,11 @@ def plan(source: Source, to: Store, parallel: Parallel, cut: Cut) -> Job:
         return found.fingerprint == made.fingerprint
 
     return Job(
-        what=f"tp {parallel.tp} shards of {source.uri}",
+        what=f"{parallel} shards of {source.uri}",
         fingerprint=made.fingerprint,
         files=tuple(files),
-        catalog=source.catalog,
-        source=source.store,
+        resolve=resolve,
+        source=store,
         weights=source.weights,
         beside={s.key for s in side},
         write_beside=lambda store, keys: sources.write_side_files(source, config, store, keys),
@@ -145,13 +174,15 @@ def plan(source: Source, to: Store, parallel: Parallel, cut: Cut) -> Job:
         committed=committed,
         mark=manifest.KEY,
         stale=lambda key: bool(names.fullmatch(key)) or ("/" not in key and key.endswith(".safetensors.index.json")),
-        notes=tuple(_notes(source, made)),
+        notes=(*outline.notes, *_notes(source, made)),
         details={
-            "architecture": str((source.config.get("architectures") or layout.family.architectures)[0]),
-            "tp": parallel.tp,
+            "architecture": str((source.config.get("architectures") or ["unknown"])[0]),
+            **{key: size for key, size in parallel.to_json().items() if size not in (1, False) or key == "tp"},
             "dtype": held.name,
-            "engine": f"{made.layout['engine']} {made.layout['engine_version']}",
+            "engine": f"{layout.engine} {layout.engine_version}",
+            "layout": layout.title,
         },
+        computing=computing,
     )
 
 

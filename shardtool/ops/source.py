@@ -15,13 +15,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardtool import __version__, digest
-from shardtool.checkpoint import CONFIG, Checkpoint, logical, open_checkpoint, parse_config, with_headers
-from shardtool.dtypes import DType, from_name
-from shardtool.errors import Incomplete, PlanError, UnsupportedModel, UsageError
+from shardtool.checkpoint import (
+    CONFIG,
+    Checkpoint,
+    logical,
+    open_checkpoint,
+    parse_config,
+    stored_of,
+    with_headers,
+)
+from shardtool.errors import Incomplete, PlanError, UnsupportedModel
 from shardtool.layouts import vllm
 from shardtool.layouts.base import Model, Parallel
 from shardtool.manifest import Manifest, SideFile
 from shardtool.mosaic import Logical
+from shardtool.ops.equal import equal as equal_bytes
 from shardtool.plan import Catalog, Stored
 from shardtool.stores.base import Object, Store
 
@@ -82,7 +90,7 @@ def _whole(checkpoint: Checkpoint) -> Source:
         catalog=catalog,
         side=side,
         skipped=skipped,
-        stored=tuple(tensor.stored for _, tensor in sorted(catalog.items()) if tensor.stored),
+        stored=tuple(stored_of(file.key, entry) for _, (file, entry) in sorted(checkpoint.entries().items())),
         weights=_weights(checkpoint),
     )
 
@@ -146,13 +154,13 @@ def infer(checkpoint: Checkpoint) -> Manifest:
             f"{checkpoint.uri} holds tensors of {', '.join(sorted(k.name for k in kinds))}; expected one dtype"
         )
     (dtype,) = kinds
-    inventory = dict(sorted(layout.infer(config, held, len(ranks)).items()))
-    outline = layout.outline(Model(config, inventory, dtype), Parallel(len(ranks)))
+    parallel = Parallel(len(ranks))
+    inventory = dict(sorted(layout.infer(config, held, parallel).items()))
+    outline = layout.outline(Model(config, inventory, dtype), parallel)
     return Manifest(
         written_by=f"shardtool {__version__}",
         layout=layout.record(),
-        tp=len(ranks),
-        pp=1,
+        parallel=parallel,
         dtype=dtype,
         pattern="",
         max_part_size=0,
@@ -165,39 +173,6 @@ def infer(checkpoint: Checkpoint) -> Manifest:
         recipe=outline.recipe,
         side_files=(),
     )
-
-
-def layout_of(source: Source) -> vllm.VllmLayout:
-    """The table that cuts this model: the one that its manifest kept, else the built-in one."""
-    if source.origin is not None:
-        return vllm.from_manifest(source.origin.layout, source.uri)
-    if any(o.key == "hf_quant_config.json" for o in source.side):
-        raise UnsupportedModel(f"{source.uri} has a hf_quant_config.json: quantized checkpoints are not supported yet")
-    return vllm.for_config(source.config)
-
-
-def target_dtype(source: Source, wanted: str, layout: vllm.VllmLayout) -> DType:
-    """The dtype of the shards: ``auto`` is what config.json says, where that is what the engine will use."""
-    if wanted != "auto":
-        dtype = from_name(wanted)
-        if dtype.name not in layout.family.dtypes:
-            raise UsageError(f"--dtype {wanted}: {layout.family.name} can be {', '.join(layout.family.dtypes)}")
-        return dtype
-    if source.origin is not None:
-        return source.origin.dtype
-    said = source.config.get("dtype") or source.config.get("torch_dtype")
-    if said is None or not isinstance(said, str) or from_name(said) is DType.F32:
-        what = "says float32" if said else "does not say a dtype"
-        raise UsageError(
-            f"config.json {what}, for which an engine's choice depends on its GPU: say --dtype bfloat16 or "
-            f"--dtype float16"
-        )
-    dtype = from_name(said)
-    if dtype not in (DType.BF16, DType.F16):
-        raise UsageError(
-            f"config.json says dtype {said}, in which engines do not run: say --dtype bfloat16 or --dtype float16"
-        )
-    return layout.dtype(dtype)
 
 
 def amended(text: str, amendments: Mapping[str, Any]) -> bytes:
@@ -233,19 +208,8 @@ def equal_in(source: Source) -> Callable[[str, str], bool]:
     def equal(a: str, b: str) -> bool:
         if source.origin is not None:
             return source.origin.copies.get(a) == b
-        x, y = source.catalog[a].stored, source.catalog[b].stored
-        assert x is not None
-        assert y is not None
-        if (x.dtype, x.shape) != (y.dtype, y.shape):
-            return False
-        left, right = memoryview(bytearray(COPIED)), memoryview(bytearray(COPIED))
-        for at in range(0, x.nbytes, COPIED):
-            n = min(COPIED, x.nbytes - at)
-            source.store.readinto(x.key, x.offset + at, left[:n])
-            source.store.readinto(y.key, y.offset + at, right[:n])
-            if digest.of_chunk(left[:n]) != digest.of_chunk(right[:n]):
-                return False
-        return True
+        x, y = source.catalog[a], source.catalog[b]
+        return (x.dtype, x.shape) == (y.dtype, y.shape) and equal_bytes(source.store, x, y)
 
     return equal
 

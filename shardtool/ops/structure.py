@@ -135,9 +135,10 @@ def coverage(made: Manifest) -> list[str]:
     troubles: list[str] = []
     for rule in made.recipe.rules:
         for share in rule.shares:
-            target = Tensor(rule.name, rule.dtype, share.shape, lambda pieces=share.pieces: pieces, share.fill)  # type: ignore[misc]
+            pieces = tuple(share.expanded())
+            target = Tensor(rule.name, rule.dtype, share.shape, lambda pieces=pieces: pieces, share.fill)  # type: ignore[misc]
             try:
-                check_target(target, share.pieces)
+                check_target(target, pieces)
             except PlanError as error:
                 troubles.append(str(error))
     known = {d.name for d in made.dropped} | set(made.copies)
@@ -205,7 +206,7 @@ def check_shards(checkpoint: Checkpoint, made: Manifest | None, trouble: str | N
         held = {}
     for rank, tensors in held.items():
         wanted = {t.name: _kind(t) for t in made.recipe.tensors(rank)} if made else held.get(0, {})
-        whole.why += _unlike(rank, tensors, wanted, shapes=made is not None)
+        whole.why += unlike(rank, tensors, wanted, shapes=made is not None)
     return [*checks, *([whole] if whole.why else [])]
 
 
@@ -214,7 +215,8 @@ def _kind(tensor: Tensor | Stored) -> str:
     return f"{tensor.dtype.name} {list(tensor.shape)}"
 
 
-def _unlike(rank: int, held: Mapping[str, str], wanted: Mapping[str, str], *, shapes: bool) -> Iterable[str]:
+def unlike(rank: int, held: Mapping[str, str], wanted: Mapping[str, str], *, shapes: bool) -> Iterable[str]:
+    """How what a rank holds differs from what is wanted; dtype and shape as ``BF16 [2, 3]``."""
     if lost := sorted(wanted.keys() - held.keys()):
         yield f"rank {rank} lacks {len(lost)} tensors, first {lost[0]!r}"
     if extra := sorted(held.keys() - wanted.keys()):

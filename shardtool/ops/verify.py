@@ -10,10 +10,12 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
-from shardtool import digest, schedule
+from shardtool import computed, digest, schedule
 from shardtool.budget import Arena, limit_of
 from shardtool.checkpoint import Checkpoint, WeightFile, open_checkpoint
+from shardtool.computed import Resolve
 from shardtool.dtypes import castable
 from shardtool.engine import execute
 from shardtool.errors import (
@@ -21,21 +23,24 @@ from shardtool.errors import (
     FormatError,
     Incomplete,
     NotFound,
+    PlanError,
     ShardtoolError,
     StoreError,
     UnsupportedModel,
     UsageError,
 )
-from shardtool.layouts.base import Model, Parallel
+from shardtool.layouts import vllm
+from shardtool.layouts.base import Model
 from shardtool.manifest import FileRecord, Manifest
 from shardtool.mosaic import Logical, resolve
 from shardtool.ops import source as sources
 from shardtool.ops import structure
+from shardtool.ops.fits import check_fit
 from shardtool.ops.job import Means
 from shardtool.ops.limits import MOST, READ, readers, want
 from shardtool.ops.source import Source
 from shardtool.ops.structure import FileCheck
-from shardtool.plan import Catalog, Piece, Stored, Tensor, itself
+from shardtool.plan import Piece, Stored, Tensor, itself
 from shardtool.schedule import Target, whole_target
 from shardtool.sinks.compare import CompareSink, Difference
 from shardtool.sinks.digest import DigestSink
@@ -91,6 +96,10 @@ def verify(
     *,
     against: str | os.PathLike[str] | None = None,
     quick: bool = False,
+    engine: str | None = None,
+    engine_python: str | None = None,
+    trust_remote_code: bool = False,
+    moe_backend: str | None = None,
     pattern: str | None = None,
     memory_limit: int | str | None = None,
     concurrency: int | None = None,
@@ -99,8 +108,9 @@ def verify(
     """Check a checkpoint: its structure, then its digests (not with ``quick``), then against another model or sharding.
 
     ``against``: the source model, or shards of any tp; every tensor of every rank is compared with what the recipe
-    takes from it. ``pattern``: the names of shards without a manifest. Returns a report; ``report.ok`` and
-    ``report.exit_code`` say how it went.
+    takes from it. ``engine``: the installed engine (``vllm``, ``sglang``) that shall say whether it would take these
+    shards; ``engine_python``, ``trust_remote_code`` and ``moe_backend`` are as in ``save``. ``pattern``: the names of
+    shards without a manifest. Returns a report; ``report.ok`` and ``report.exit_code`` say how it went.
     """
     if quick and against is not None:
         raise UsageError("--quick looks at no tensor and --against at all of them; use one of the two")
@@ -122,6 +132,9 @@ def verify(
             if not quick:
                 report.depth = "digests"
                 _digests(checkpoint.store, files, made, report, memory_limit, concurrency, progress)
+        if engine is not None:
+            report.files += check_fit(checkpoint, engine, engine_python, trust_remote_code, moe_backend)
+            report.notes.append(f"asked {engine}: it builds each rank's model and names the tensors that it expects")
         if against is not None:
             report.depth = "equality"
             other = sources.open_source(os.fspath(against))
@@ -272,6 +285,7 @@ def _against(
     progress: Told,
 ) -> None:
     """Compare every stored tensor with what the other model says it should be."""
+    store = other.store
     if checkpoint.kind == "huggingface":
         compared = _whole_tensors(checkpoint, other, report)
     else:
@@ -280,7 +294,8 @@ def _against(
         assert made is not None
         if not _same_inventory(checkpoint, made, other, report):
             return
-        compared = _rank_tensors(checkpoint, made, other, report)
+        store, resolved, _ = computed.over(other.store, other.catalog, made.recipe)
+        compared = _rank_tensors(checkpoint, made, other, resolved, report)
     found: list[CompareSink] = []
     report.tensors = 0
 
@@ -294,7 +309,7 @@ def _against(
 
     arena = Arena(min(MOST, _limit(limit, len(checkpoint.ranks), CompareSink.staging)))
     total = sum(file.size for file in checkpoint.files)
-    report.bytes += _run(groups(), other.store, arena, concurrency, progress, total)
+    report.bytes += _run(groups(), store, arena, concurrency, progress, total)
     rank_of = {file.key: file.rank for file in checkpoint.files}
     names = {(file.key, e.offset): e.name for file in checkpoint.files for e in file.header.entries if e.nbytes}
     for sink in sorted(found, key=lambda sink: (sink.stored.key, sink.stored.offset)):
@@ -323,7 +338,11 @@ def _whole_tensors(checkpoint: Checkpoint, other: Source, report: Report) -> Ite
             continue
         tensor, expected = own[name], other.catalog.get(name)
         stored = tensor.stored
-        assert stored is not None
+        if stored is None:
+            raise PlanError(
+                f"{checkpoint.uri}: the elements of {name!r} do not lie one after the other, so that it cannot be "
+                f"compared; turn the two around: shardtool verify {other.uri} --against {checkpoint.uri}"
+            )
         if expected is None:
             report.differences.append(_apart(name, tensor, stored.key, f"{other.uri} lacks it"))
         elif (expected.dtype, expected.shape) != (tensor.dtype, tensor.shape):
@@ -331,7 +350,9 @@ def _whole_tensors(checkpoint: Checkpoint, other: Source, report: Report) -> Ite
                 _apart(name, tensor, stored.key, f"it is {expected.dtype.name} {list(expected.shape)} in {other.uri}")
             )
         else:
-            yield from _one(itself(name, stored.dtype, stored.shape), None, stored, other.catalog, report)
+            yield from _one(
+                itself(name, stored.dtype, stored.shape), None, stored, partial(resolve, catalog=other.catalog), report
+            )
 
 
 def _apart(name: str, tensor: Tensor, key: str, why: str, rank: int | None = None) -> TensorDifference:
@@ -358,7 +379,9 @@ def _same_inventory(checkpoint: Checkpoint, made: Manifest, other: Source, repor
     return not report.differences
 
 
-def _rank_tensors(checkpoint: Checkpoint, made: Manifest, other: Source, report: Report) -> Iterator[list[_Compared]]:
+def _rank_tensors(
+    checkpoint: Checkpoint, made: Manifest, other: Source, resolved: Resolve, report: Report
+) -> Iterator[list[_Compared]]:
     """Rank files, every tensor of every rank, and what is kept beside them."""
     held = {rank: checkpoint.held(rank) for rank in checkpoint.ranks}
     bad = {check.key for check in report.files if not check.ok}
@@ -375,7 +398,7 @@ def _rank_tensors(checkpoint: Checkpoint, made: Manifest, other: Source, report:
                 why = f"it is {stored.dtype.name} {list(stored.shape)} there"
                 report.differences.append(_apart(tensor.name, tensor, stored.key, why, rank))
             else:
-                for compared in _one(tensor, rank, stored, other.catalog, report):
+                for compared in _one(tensor, rank, stored, resolved, report):
                     group += compared
         if group:
             yield group
@@ -386,14 +409,16 @@ def _rank_tensors(checkpoint: Checkpoint, made: Manifest, other: Source, report:
     for name, (file, _) in checkpoint.entries().items():
         if name in other.catalog:
             stored = file.stored()[name]
-            yield from _one(itself(name, stored.dtype, stored.shape), None, stored, other.catalog, report)
+            yield from _one(
+                itself(name, stored.dtype, stored.shape), None, stored, partial(resolve, catalog=other.catalog), report
+            )
 
 
 def _one(
-    tensor: Tensor, rank: int | None, stored: Stored, catalog: Catalog, report: Report
+    tensor: Tensor, rank: int | None, stored: Stored, resolved: Resolve, report: Report
 ) -> Iterator[list[_Compared]]:
     """The comparison of one tensor, unless the other side cannot be cast to it."""
-    pieces = resolve(tensor, catalog)
+    pieces = resolved(tensor)
     for piece in pieces:
         assert isinstance(piece.source, Stored)
         if not castable(piece.source.dtype, tensor.dtype):
@@ -407,9 +432,9 @@ def _one(
 def _recipe_for(checkpoint: Checkpoint, other: Source) -> Manifest:
     """The recipe of shards without a manifest, from the very model that they shall be compared with."""
     made = sources.infer(checkpoint)
-    layout = sources.layout_of(other)
+    layout = vllm.for_config(other.config)
     head, embed = layout.family.tied
     both = {head, embed} <= set(checkpoint.held(0))  # the engine held them apart: then they are stored apart
     equal = (lambda _a, _b: False) if both else sources.equal_in(other)
-    outline = layout.outline(Model(other.config, other.inventory, made.dtype, equal), Parallel(made.tp))
+    outline = layout.outline(Model(other.config, other.inventory, made.dtype, equal), made.parallel)
     return replace(made, recipe=outline.recipe, inventory=other.inventory)

@@ -13,13 +13,13 @@ from itertools import groupby
 
 from shardtool import schedule
 from shardtool.budget import Arena, limit_of
+from shardtool.computed import Resolve
 from shardtool.engine import Progress, execute
 from shardtool.header import sort_key
-from shardtool.mosaic import resolve
 from shardtool.ops import output
 from shardtool.ops.job import Job, Means, Summary
 from shardtool.ops.limits import MOST, READ, readers, want
-from shardtool.plan import Catalog, File, Tensor
+from shardtool.plan import File, Tensor
 from shardtool.schedule import Step, Target
 from shardtool.sinks.file import FileSink, Slots
 from shardtool.stores.base import Store
@@ -34,11 +34,11 @@ def _waves(files: Iterable[tuple[int, File]]) -> Iterator[list[File]]:
         yield by_part[part]
 
 
-def _groups(files: Sequence[File], catalog: Catalog, sinks: Mapping[str, FileSink]) -> Iterator[list[Target]]:
+def _groups(files: Sequence[File], resolve: Resolve, sinks: Mapping[str, FileSink]) -> Iterator[list[Target]]:
     """Every tensor of some files, with the files that want it, in the order of their bytes."""
     side_by_side = merge(*map(_placed, files), key=_order)
     for _, every in groupby(side_by_side, key=_order):
-        yield [Target(tensor, resolve(tensor, catalog), sinks.get(file.key), offset) for file, tensor, offset in every]
+        yield [Target(tensor, resolve(tensor), sinks.get(file.key), offset) for file, tensor, offset in every]
 
 
 _Placed = tuple[File, Tensor, int]
@@ -81,6 +81,7 @@ def _memory(job: Job, files: Sequence[tuple[int, File]], to: Store, limit: int |
     slots = max((len(wave) for wave in _waves(files)), default=0) if units else 0
     floor = max((_least(wave) for wave in _waves(files)), default=0)
     held = max((sum(to.held(file.size) for file in wave) for wave in _waves(files)), default=0)
+    held += job.computing
     least = floor + slots * units + held
     return _Memory(limit_of(limit, least=least, what=job.what, most=MOST), slots, units, held, least)
 
@@ -91,9 +92,9 @@ def _least(wave: Sequence[File]) -> int:
     return sum(-(-n // schedule.ALIGN) * schedule.ALIGN for n in tensors) + schedule.FLOOR + schedule.ALIGN
 
 
-def _steps(wave: Sequence[File], catalog: Catalog, sinks: Mapping[str, FileSink], memory: _Memory) -> Iterator[Step]:
+def _steps(wave: Sequence[File], resolve: Resolve, sinks: Mapping[str, FileSink], memory: _Memory) -> Iterator[Step]:
     longest = min(READ, memory.want)
-    return schedule.steps(_groups(wave, catalog, sinks), limit=memory.arena, want=memory.want, longest=longest)
+    return schedule.steps(_groups(wave, resolve, sinks), limit=memory.arena, want=memory.want, longest=longest)
 
 
 def perform(job: Job, to: Store, means: Means, check: Callable[[], None] | None = None) -> Summary:
@@ -107,7 +108,7 @@ def perform(job: Job, to: Store, means: Means, check: Callable[[], None] | None 
     state = output.look(job, to, overwrite=means.overwrite, ranks=means.ranks)
     planned = _planned(job, files, memory)
     if means.dry_run:
-        steps = (step for wave in _waves(files) for step in _steps(wave, job.catalog, {}, memory))
+        steps = (step for wave in _waves(files) for step in _steps(wave, job.resolve, {}, memory))
         return replace(planned, bytes_to_read=sum(read.nbytes for step in steps for read in step.reads))
     if state.complete:
         output.restore(job, to, state)
@@ -164,7 +165,7 @@ def _write(
 
     def counted(wave: Sequence[File]) -> Iterator[Step]:
         nonlocal read
-        for step in _steps(wave, job.catalog, sinks, memory):
+        for step in _steps(wave, job.resolve, sinks, memory):
             read += sum(r.nbytes for r in step.reads)
             yield step
 

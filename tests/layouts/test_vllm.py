@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 import shardtool
+from shardtool.dtypes import DType
 from shardtool.errors import FormatError, PlanError, TensorMismatch, UnsupportedModel, UsageError
 from shardtool.layouts import vllm
-from shardtool.layouts.base import Parallel
+from shardtool.layouts.base import Model, Parallel
 from shardtool.mosaic import Logical
 from tests.builders import (
     KINDS,
@@ -375,7 +376,9 @@ def test_gemma_in_float16_is_written_as_bfloat16_because_the_engine_runs_it_so(f
     made = config(family, torch_dtype="float16")
     files = check(made, tensors(made, dtype="F16"), 2)
     assert json.loads(files["config.json"]) == {**made, "torch_dtype": "bfloat16"}
-    assert "--dtype float16: gemma" in refusal(made, tensors(made, dtype="F16"), 2, UsageError, dtype="float16")
+    assert f"--dtype float16: the built-in table {family} can be BF16, F32" in refusal(
+        made, tensors(made, dtype="F16"), 2, UsageError, dtype="float16"
+    )
 
 
 @pytest.mark.parametrize(("said", "to"), [("bfloat16", "BF16"), ("float16", "F16")])
@@ -493,10 +496,10 @@ def test_a_model_quantized_by_another_file_is_refused():
 
 
 def test_an_unknown_architecture_is_refused_with_all_that_are_known():
-    made = {**config(), "architectures": ["OPTForCausalLM"]}
+    made = {**config(), "architectures": ["MambaForCausalLM"]}
     held = tensors(config())
     said = refusal(made, held, 2, UnsupportedModel)
-    assert "the architecture OPTForCausalLM is not one that shardtool knows; known are " in said
+    assert "the architecture MambaForCausalLM is not one that shardtool knows; known are " in said
     assert all(kind.architecture in said for kind in KINDS.values())
 
 
@@ -532,8 +535,6 @@ def hash_of(name: str) -> int:
 
 
 def logicals(held: Tensors) -> dict[str, Logical]:
-    from shardtool.dtypes import DType
-
     return {name: Logical(DType[raw.dtype], raw.array.shape) for name, raw in held.items()}
 
 
@@ -543,7 +544,7 @@ def test_the_source_can_be_told_from_what_one_rank_holds(family: str, tp: int):
     made = config(family, tie_word_embeddings=family.startswith("gemma"))
     held = tensors(made)
     for rank in (0, tp - 1):
-        found = vllm.for_config(made).infer(made, logicals(expected(held, made, tp)[rank]), tp)
+        found = vllm.for_config(made).infer(made, logicals(expected(held, made, tp)[rank]), Parallel(tp))
         assert found == logicals(held)
 
 
@@ -552,10 +553,10 @@ def test_what_a_rank_lacks_or_has_too_many_of_is_named():
     held = logicals(expected(tensors(made), made, 2)[0])
     layout = vllm.for_config(made)
     with pytest.raises(TensorMismatch, match=r"1 tensors that LlamaForCausalLM does not, first 'zzz'"):
-        layout.infer(made, {**held, "zzz": held[HEAD]}, 2)
+        layout.infer(made, {**held, "zzz": held[HEAD]}, Parallel(2))
     del held["model.norm.weight"]
     with pytest.raises(TensorMismatch, match=r"the shards have no tensor 'model\.norm\.weight'"):
-        layout.infer(made, held, 2)
+        layout.infer(made, held, Parallel(2))
 
 
 @pytest.mark.parametrize("record", [{}, {"engine": "sglang", "kind": "builtin"}, {"engine": "vllm", "kind": "traced"}])
@@ -566,8 +567,8 @@ def test_a_layout_of_another_kind_is_refused(record: dict[str, Any]):
 
 def test_a_layout_with_a_size_that_nobody_knows_is_refused():
     record = json.loads(json.dumps(vllm.for_config(config()).record()))
-    next(row for row in record["table"]["rows"] if row["size"])["size"] = "experts"
-    with pytest.raises(FormatError, match="here: the layout names the size 'experts', which this version"):
+    next(row for row in record["table"]["rows"] if row["size"])["size"] = "spoons"
+    with pytest.raises(FormatError, match="here: the layout names the size 'spoons', which this version"):
         vllm.from_manifest(record, "here")
 
 
@@ -577,10 +578,18 @@ def test_a_layout_is_read_back_from_its_record():
     assert layout.record()["engine_version"] == "0.32"
 
 
-@pytest.mark.parametrize("pp", [0, 2])
-def test_pipeline_parallel_layouts_are_refused(pp: int):
-    with pytest.raises(UsageError, match="pipeline parallel"):
-        Parallel(2, pp)
+def test_a_table_that_knows_no_pipeline_stages_is_cut_for_one_stage_only():
+    """Those of manifests that were written before tables said where the stages are."""
+    made, held = config(), tensors(config())
+    record = json.loads(json.dumps(vllm.for_config(made).record()))
+    del record["table"]["pipeline"]
+    for row in record["table"]["rows"]:
+        row.pop("stage", None)
+        row.pop("dtype", None)
+    old, sources = vllm.from_manifest(record, "here"), Model(made, logicals(held), DType.BF16)
+    assert old.outline(sources, Parallel(4)) == vllm.for_config(made).outline(sources, Parallel(4))
+    with pytest.raises(UnsupportedModel, match="the table of llama knows no pipeline stages; leave --pp out"):
+        old.outline(sources, Parallel(1, 2))
 
 
 def test_a_file_of_the_oracles_ranks_is_what_the_engine_reads(tmp_path: Path):

@@ -20,7 +20,7 @@ from shardtool.errors import (
     UnsupportedModel,
     UsageError,
 )
-from shardtool.layouts import families
+from shardtool.layouts import tables
 from tests.builders import (
     KINDS,
     Files,
@@ -89,7 +89,7 @@ def test_tables_that_have_changed_since_do_not_matter(
 ):
     """The manifest keeps the table that cut the model, so that a checkpoint can be read for ever."""
     shardtool.save(source, tmp_path / "saved", tp=2)
-    monkeypatch.setattr(families, "FAMILIES", ())
+    monkeypatch.setattr(tables, "FAMILIES", ())
     with pytest.raises(UnsupportedModel):
         shardtool.save(source, tmp_path / "new", tp=2)
     shardtool.reshard(shards, tmp_path / "resharded", tp=2)

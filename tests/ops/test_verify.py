@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import shardtool
 from shardtool import stores
 from shardtool.errors import BudgetTooSmall, Incomplete, NotFound
-from shardtool.layouts import families
+from shardtool.layouts import tables
 from shardtool.ops.verify import Report
 from tests.builders import (
     COUNTING,
@@ -392,7 +392,7 @@ def test_a_spare_head_is_compared_with_what_stands_for_it(equal: bool):
 
 def test_tables_that_have_changed_since_do_not_matter(monkeypatch: pytest.MonkeyPatch):
     eight = saved_files(8)
-    monkeypatch.setattr(families, "FAMILIES", ())
+    monkeypatch.setattr(tables, "FAMILIES", ())
     assert report(SHARDS, against=FILES).ok
     assert report(SHARDS, against=eight).ok
 

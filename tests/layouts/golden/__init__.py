@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from shardtool import recipe
+from shardtool import recipe_json
 from shardtool.dtypes import DType
 from shardtool.layouts import vllm
 from shardtool.layouts.base import Model, Parallel
@@ -36,7 +36,7 @@ def layout(name: str) -> dict[str, Any]:
     return {
         "config": config,
         "tp": TP,
-        "recipe": recipe.to_json(outline.recipe),
+        "recipe": recipe_json.to_json(outline.recipe),
         "dropped": dict(outline.dropped),
         "copies": dict(outline.copies),
         "amendments": dict(outline.amendments),

@@ -1,0 +1,206 @@
+"""Tensors that are computed: the programs of a recipe, run on whole small tensors, seen as objects of a store.
+
+``Computed`` is a store over another: what a program yields lies under a key of its own, so that plans, schedules and
+the engine treat it like any stored tensor. A program runs when its bytes are first asked for; torch, whose rounding
+the engines have, is imported then.
+"""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from collections.abc import Callable, Iterator
+from threading import Lock
+from typing import TYPE_CHECKING
+
+from shardtool import digest
+from shardtool.dtypes import DType
+from shardtool.errors import FormatError, PlanError
+from shardtool.mosaic import resolve
+from shardtool.plan import Catalog, Mosaic, Piece, Program, Stored, Tensor
+from shardtool.recipe import Recipe
+from shardtool.stores.base import Object, Store, Writer
+
+if TYPE_CHECKING:
+    import torch
+
+Resolve = Callable[[Tensor], tuple[Piece, ...]]
+"""A target's pieces over stored bytes."""
+
+PREFIX = ".shardtool/computed/"
+MOST = 256 << 20
+"""Bytes that a computed tensor may have."""
+CACHED = 8 << 20
+"""Bytes of results that are kept for the next tile of the same tensor, and more only for a larger one."""
+
+
+class Computed(Store):
+    """A store with the results of programs beside its objects. ``catalog``: where the programs' sources lie."""
+
+    def __init__(self, inner: Store, catalog: Catalog) -> None:
+        self.inner = inner
+        self.uri = inner.uri
+        self._catalog = catalog
+        self._programs: dict[str, Program] = {}
+        self._done: dict[str, bytes] = {}
+        self._lock = Lock()
+
+    def stored(self, program: Program) -> Stored:
+        """Where a program's result can be read. Raises ``PlanError`` if it is too large to be computed whole."""
+        size = _nbytes(program)
+        if size > MOST:
+            raise PlanError(f"the operation {program.op!r} yields {size} bytes; at most {MOST} can be computed")
+        key = PREFIX + digest.of_bytes(repr(program).encode())[:32]
+        self._programs[key] = program
+        return Stored(key, program.dtype, program.shape, 0)
+
+    def readinto(self, key: str, start: int, view: memoryview) -> None:
+        """Bytes of an object, or of what a program yields."""
+        program = self._programs.get(key)
+        if program is None:
+            self.inner.readinto(key, start, view)
+            return
+        with self._lock:  # one at a time: what they take is counted once
+            data = self._done.get(key)
+            if data is None:
+                data = self._run(program)
+                while self._done and sum(map(len, self._done.values())) + len(data) > CACHED:
+                    del self._done[next(iter(self._done))]
+                self._done[key] = data
+        view.cast("B")[:] = data[start : start + view.nbytes]
+
+    def _run(self, program: Program) -> bytes:
+        import torch
+
+        result = self._value(program)
+        if tuple(result.shape) != program.shape or result.dtype != program.dtype.torch():
+            raise FormatError(
+                f"the operation {program.op!r} yields {result.dtype} {list(result.shape)}, the recipe says "
+                f"{program.dtype.name} {list(program.shape)}"
+            )
+        return result.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+    def _value(self, program: Program) -> torch.Tensor:
+        import torch
+
+        if program.op == "data":
+            return _data(program)
+        args = [self._filled(arg) if isinstance(arg, Mosaic) else arg for arg in program.args]
+        if program.op == "to":
+            (source,) = args
+            assert isinstance(source, torch.Tensor)
+            return source.to(program.dtype.torch())
+        operation = getattr(torch.nn.functional if program.op == "softplus" else torch, program.op)
+        try:
+            value: torch.Tensor = operation(*args)
+        except (TypeError, RuntimeError) as error:
+            raise FormatError(
+                f"the operation {program.op!r} of the recipe cannot be done: {str(error)[:200]}"
+            ) from None
+        return value
+
+    def _filled(self, mosaic: Mosaic) -> torch.Tensor:
+        """A mosaic as a tensor of its own."""
+        import torch
+
+        dtype = mosaic.dtype.torch()
+        value = torch.full(mosaic.shape, mosaic.fill or 0, dtype=dtype)
+        flat = value.reshape(-1)
+        for piece in resolve(Tensor("", mosaic.dtype, mosaic.shape, lambda: mosaic.pieces), self._catalog, self.stored):
+            assert isinstance(piece.source, Stored)
+            first, past = piece.src.bounds
+            item = piece.source.dtype.itemsize
+            key, offset = piece.source.key, piece.source.offset
+            if (past - first) * item > MOST:
+                raise PlanError(f"a program takes {(past - first) * item} bytes of {key}; at most {MOST} are computed")
+            if key in self._programs:
+                raw = bytearray(self._run(self._programs[key])[first * item : past * item])
+            else:
+                raw = bytearray((past - first) * item)
+                self.inner.readinto(key, offset + first * item, memoryview(raw))
+            source = torch.frombuffer(raw, dtype=piece.source.dtype.torch())
+            taken = source.as_strided(piece.src.shape, piece.src.strides)
+            flat.as_strided(piece.dst.shape, piece.dst.strides, piece.dst.offset).copy_(taken)
+        return value
+
+    # What is not computed is the inner store's.
+
+    def list(self, prefix: str = "") -> Iterator[Object]:
+        """Pass on."""
+        return self.inner.list(prefix)
+
+    def stat(self, key: str) -> Object:
+        """Pass on."""
+        return self.inner.stat(key)
+
+    def create(self, key: str, size: int, *, exclusive: bool = False) -> Writer:
+        """Pass on."""
+        return self.inner.create(key, size, exclusive=exclusive)
+
+    def delete(self, key: str) -> None:
+        """Pass on."""
+        self.inner.delete(key)
+
+    def unit(self, size: int) -> int:
+        """Pass on."""
+        return self.inner.unit(size)
+
+    def held(self, size: int) -> int:
+        """Pass on."""
+        return self.inner.held(size)
+
+    def close(self) -> None:
+        """Close the inner store."""
+        self.inner.close()
+
+
+def over(store: Store, catalog: Catalog, recipe: Recipe) -> tuple[Store, Resolve, int]:
+    """A store that has what a recipe computes, how its tensors are resolved over a catalogue, and the bytes it takes.
+
+    The store itself, where the recipe computes nothing.
+    """
+    programs = [program for rule in recipe.rules for program in rule.programs()]
+    if not programs:
+        return store, lambda tensor: resolve(tensor, catalog), 0
+    computed = Computed(store, catalog)
+    return computed, lambda tensor: resolve(tensor, catalog, computed.stored), max(map(_cost, programs))
+
+
+def _nbytes(value: Program | Mosaic) -> int:
+    size = value.dtype.itemsize
+    for n in value.shape:
+        size *= n
+    return size
+
+
+def _cost(program: Program) -> int:
+    """Bytes that a program takes at most: results, arguments twice (as they are read, as they are used)."""
+    total = 3 * _nbytes(program)
+    for arg in program.args:
+        if isinstance(arg, Mosaic):
+            total += 2 * _nbytes(arg)
+            total += sum(_cost(piece.source) for piece in arg.pieces if isinstance(piece.source, Program))
+    return total
+
+
+def _data(program: Program) -> torch.Tensor:
+    """The constant that a program holds, unpacked to no more than it says."""
+    import torch
+
+    size = _nbytes(program)
+    try:
+        (text,) = program.args
+        unpacked = zlib.decompressobj()
+        raw = unpacked.decompress(base64.b64decode(str(text), validate=True), size + 1)
+    except (ValueError, zlib.error) as error:
+        raise FormatError(f"a constant of the recipe is damaged ({error})") from None
+    if len(raw) != size:
+        raise FormatError(f"a constant of the recipe has {len(raw)} bytes instead of {size}")
+    if not raw:
+        return torch.empty(program.shape, dtype=program.dtype.torch())
+    return torch.frombuffer(bytearray(raw), dtype=program.dtype.torch()).reshape(program.shape)
+
+
+def constant(raw: bytes, dtype: DType, shape: tuple[int, ...]) -> Program:
+    """The program that yields these bytes."""
+    return Program("data", (base64.b64encode(zlib.compress(raw, 9)).decode(),), dtype, shape)

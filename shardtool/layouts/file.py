@@ -1,0 +1,279 @@
+"""The layout file: what an engine's own loader was seen to do, for the sizes of groups that were asked for.
+
+``shardtool trace`` writes it where the engine is installed; ``--layout FILE`` uses it anywhere. ``docs/layouts.md``
+specifies it::
+
+    engine, engine_version, class, dtype      whose layout it is
+    tensors                                   the checkpoint that it is for, as the manifest keeps inventories
+    layouts                                   for each sizes of groups: the recipe of every rank, what is not loaded,
+                                              names that share memory, tensors with memory that nothing fills, config
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from shardtool import inventory, parallel, recipe_json
+from shardtool.dtypes import DType
+from shardtool.errors import FormatError, PlanError
+from shardtool.layouts.base import Model, Outline, Parallel
+from shardtool.manifest import Manifest
+from shardtool.mosaic import Logical
+from shardtool.recipe import SLOT, Recipe, Rule, filled
+
+FORMAT = "shardtool-layout/1"
+KIND = "traced"
+TIE = "tie_word_embeddings"
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """What was seen at some sizes.
+
+    ``tied``: the names of a head and of the embedding that the engine holds once where the checkpoint has them equal.
+    ``aliases``: names that share the memory of another, which is the one that is stored. ``uninitialised``: targets and
+    how many of their elements the engine leaves as memory happens to be.
+    """
+
+    parallel: Parallel
+    recipe: Recipe
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    copies: Mapping[str, str] = field(default_factory=dict)
+    amendments: Mapping[str, Any] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    uninitialised: Mapping[str, int] = field(default_factory=dict)
+    tied: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FileLayout:
+    """The layout of one checkpoint (or of others with the same tensors), at the sizes in ``traced``."""
+
+    engine: str
+    engine_version: str
+    model_class: str
+    dtype: DType
+    tensors: Mapping[str, Logical]
+    traced: tuple[Traced, ...]
+    where: str = "the layout file"
+
+    @property
+    def title(self) -> str:
+        """How people name it."""
+        return f"the trace of {self.engine} {self.engine_version} ({self.model_class})"
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The dtype in which it was traced."""
+        return (self.dtype.name,)
+
+    def record(self) -> dict[str, Any]:
+        """What the manifest keeps; the recipe stands there already."""
+        return {
+            "engine": self.engine,
+            "engine_version": self.engine_version,
+            "kind": KIND,
+            "class": self.model_class,
+        }
+
+    def outline(self, model: Model, parallel: Parallel) -> Outline:
+        """The recipe of every rank. Raises ``PlanError`` for other sizes and for another checkpoint."""
+        found = next((one for one in self.traced if one.parallel == parallel), None)
+        if found is None:
+            held = ", ".join(str(one.parallel) for one in self.traced)
+            raise PlanError(
+                f"{self.where} holds the layout of {self.engine} {self.engine_version} for {held}, not for {parallel}: "
+                f"trace it for these sizes where {self.engine} is installed, or use a built-in layout"
+            )
+        self._check_tensors(model.tensors)
+        notes = [
+            f"{self.engine} leaves {count} elements of {name} as memory happens to be; they are written as 0"
+            for name, count in found.uninitialised.items()
+        ]
+        recipe, copies, amendments = found.recipe, dict(found.copies), dict(found.amendments)
+        if found.tied is not None:
+            rules = {rule.name: rule for rule in recipe.rules if rule.name in found.tied}
+            head, embedding = (_source(rules[name]) for name in found.tied)
+            if head is not None and embedding is not None and model.equal(head, embedding):
+                recipe = _once(recipe, rules, found.tied)
+                copies[head] = embedding
+            else:
+                amendments.update(_untied(model.config))
+        return Outline(recipe, found.dropped, copies, amendments, tuple(notes))
+
+    def _check_tensors(self, tensors: Mapping[str, Logical]) -> None:
+        """Refuse a checkpoint with other tensors than the traced one had."""
+        if missing := sorted(self.tensors.keys() - tensors.keys()):
+            raise PlanError(f"{self.where} is of another checkpoint: this one has no tensor {missing[0]!r}")
+        if strange := sorted(tensors.keys() - self.tensors.keys()):
+            raise PlanError(f"{self.where} is of another checkpoint: it does not know the tensor {strange[0]!r}")
+        for name, tensor in tensors.items():
+            if self.tensors[name] != tensor:
+                was = self.tensors[name]
+                raise PlanError(
+                    f"{self.where} is of another checkpoint: {name!r} is {tensor.dtype.name} {list(tensor.shape)} here, "
+                    f"{was.dtype.name} {list(was.shape)} there"
+                )
+
+
+def _source(rule: Rule) -> str | None:
+    """The one source tensor that a rule cuts."""
+    names = {str(piece.source) for share in rule.shares for piece in share.expanded()}
+    return names.pop() if len(names) == 1 else None
+
+
+def _once(recipe: Recipe, rules: Mapping[str, Rule], tied: tuple[str, str]) -> Recipe:
+    """The recipe with head and embedding as one tensor, under the smaller name, cut from the embedding."""
+    name = min(tied)
+    embedding = rules[tied[1]]
+    one = Rule(name, embedding.dtype, embedding.shares, embedding.index)
+    kept = [rule for rule in recipe.rules if rule.name not in tied]
+    return Recipe(tuple(sorted([*kept, one], key=lambda rule: (rule.name, rule.index))))
+
+
+def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json must say of a checkpoint with a head of its own."""
+    said: dict[str, Any] = {TIE: False}
+    nested = config.get("text_config")
+    if isinstance(nested, dict) and nested.get(TIE, True):
+        said["text_config"] = {**nested, TIE: False}
+    return said
+
+
+def of_manifest(made: Manifest, where: str) -> FileLayout:
+    """The layout that a manifest recorded, for the sizes that its shards have."""
+    record = made.layout
+    traced = Traced(
+        made.parallel, made.recipe, {d.name: d.reason for d in made.dropped}, made.copies, made.amendments
+    )
+    return FileLayout(
+        _text(record["engine"]), _text(record["engine_version"]), _text(record["class"]), made.dtype, made.inventory,
+        (traced,), where,
+    )  # fmt: skip
+
+
+# JSON
+
+
+def encode(layout: FileLayout) -> bytes:
+    """The bytes of the file: one line for each top-level key."""
+    table = {
+        "format": FORMAT,
+        "engine": layout.engine,
+        "engine_version": layout.engine_version,
+        "class": layout.model_class,
+        "dtype": layout.dtype.name,
+        "tensors": inventory.pack(layout.tensors),
+        "layouts": [_traced_to_json(traced) for traced in layout.traced],
+    }
+    lines = (f"{json.dumps(key)}: {json.dumps(value, separators=(',', ':'))}" for key, value in table.items())
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+
+
+def _traced_to_json(traced: Traced) -> dict[str, Any]:
+    return {
+        "parallel": traced.parallel.to_json(),
+        "recipe": recipe_json.to_json(traced.recipe),
+        "dropped": dict(traced.dropped),
+        "copies": dict(traced.copies),
+        "amendments": dict(traced.amendments),
+        "aliases": dict(traced.aliases),
+        "uninitialised": dict(traced.uninitialised),
+        **({} if traced.tied is None else {"tied": list(traced.tied)}),
+    }
+
+
+def decode(data: bytes, where: str) -> FileLayout:
+    """The layout that these bytes say, checked. Raises ``FormatError``."""
+    try:
+        table = json.loads(data.decode("utf-8"))
+        said = table["format"]
+    except (ValueError, RecursionError, KeyError, TypeError):
+        raise FormatError(f"{where} is not a layout file: make one with shardtool trace") from None
+    if said != FORMAT:
+        raise FormatError(f"{where} has the format {said!r:.80}; this version of shardtool reads {FORMAT!r}")
+    try:
+        layout = FileLayout(
+            _text(table["engine"]),
+            _text(table["engine_version"]),
+            _text(table["class"]),
+            DType[table["dtype"]],
+            inventory.unpack(table["tensors"]),
+            tuple(_traced(entry, where) for entry in table["layouts"]),
+            where,
+        )
+        for traced in layout.traced:
+            _check(traced, layout.tensors)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise FormatError(f"{where} is damaged: {repr(error)[:300]}") from None
+    return layout
+
+
+def _traced(entry: Mapping[str, Any], where: str) -> Traced:
+    tied = entry.get("tied")
+    if tied is not None:
+        head, embedding = tied
+        tied = _text(head), _text(embedding)
+    return Traced(
+        parallel.from_json(_table(entry["parallel"])),
+        recipe_json.from_json(entry["recipe"], where),
+        _texts(entry["dropped"]),
+        _texts(entry["copies"]),
+        _table(entry["amendments"]),
+        _texts(entry["aliases"]),
+        {_text(name): _count(count) for name, count in _table(entry["uninitialised"]).items()},
+        tied,
+    )
+
+
+def _check(traced: Traced, tensors: Mapping[str, Logical]) -> None:
+    """What each value alone does not show: ranks, sources and windows that are not there. Raises ``ValueError``."""
+    ranks = len(traced.parallel.ranks)
+    names = {rule.name for rule in traced.recipe.rules}
+    if traced.tied is not None and not set(traced.tied) <= names:
+        raise ValueError(f"{traced.tied} are tied, but are no tensors of the layout")
+    for rule in traced.recipe.rules:
+        if any(share.ranks and max(share.ranks) >= ranks for share in rule.shares):
+            raise ValueError(f"{rule.name!r} has a rank beyond the {ranks} that there are")
+        for name, windows in rule.sources().items():
+            end = max(window.bounds[1] for window in windows)
+            for source in _filled(name, rule.index):
+                if source not in tensors:
+                    raise ValueError(f"{rule.name!r} takes {source!r}, which the checkpoint does not have")
+                if end > prod(tensors[source].shape):
+                    raise ValueError(f"{rule.name!r} takes elements of {source!r} that are beyond its last")
+        for program in rule.programs():
+            for name in program.sources():
+                for source in _filled(name, rule.index):
+                    if source not in tensors:
+                        raise ValueError(f"{rule.name!r} takes {source!r}, which the checkpoint does not have")
+
+
+def _filled(name: str, index: tuple[int, ...]) -> Iterable[str]:
+    return [filled(name, i) for i in index] if SLOT in name and index else [name]
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.80} is not a text")
+    return value
+
+
+def _table(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"{value!r:.80} is not a table")
+    return value
+
+
+def _texts(value: Any) -> dict[str, str]:
+    return {_text(key): _text(text) for key, text in _table(value).items()}
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r:.80} is not a count")
+    return value

@@ -1,0 +1,7 @@
+"""Every rule that a table may name."""
+
+from __future__ import annotations
+
+from shardtool.layouts import experts, latent, rules
+
+RULES: dict[str, rules.Rule] = {**rules.RULES, **experts.RULES, **latent.RULES}

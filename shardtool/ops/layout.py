@@ -1,0 +1,218 @@
+"""Which layout cuts a model, and what it says of it.
+
+::
+
+    Choice      what was asked for: a name, a file, a version, an interpreter that has the engine
+    choose      a source -> the layout: recorded, built in, traced, from a file
+    outlined    ... -> its outline at some sizes, with the dtype of the shards
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from shardtool.checkpoint import CONFIG
+from shardtool.dtypes import DType, from_name
+from shardtool.errors import PlanError, UnsupportedModel, UsageError
+from shardtool.layouts import file as files
+from shardtool.layouts import vllm
+from shardtool.layouts.base import Layout, Model, Outline, dtype_in
+from shardtool.ops import source as sources
+from shardtool.ops.source import Source
+from shardtool.parallel import Parallel
+from shardtool.stores import open_store
+from shardtool.stores.base import Store
+from shardtool.trace import parent as tracing
+
+NAMES = ("vllm", "vllm:builtin", "vllm:traced", "sglang", "sglang:builtin", "sglang:traced", "transformers")
+MOST = 1 << 30
+"""Bytes of a layout file that are read at most."""
+
+
+SMALL = 32 << 20
+"""Bytes of a side file that an engine gets to see while it is traced."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What was asked for. An empty ``layout``: the one that the checkpoint was made with."""
+
+    layout: str = ""
+    engine_version: str | None = None
+    engine_python: str | None = None
+    trust_remote_code: bool = False
+    moe_backend: str | None = None
+
+
+def outlined(source: Source, choice: Choice, parallel: Parallel, dtype: str = "auto") -> tuple[Layout, Outline, DType]:
+    """A layout, what it says of a model at some sizes, and the dtype of the shards.
+
+    ``vllm`` is the built-in table; where none knows the model, and vLLM is at hand, its own loader is traced.
+    """
+    if choice.layout == "vllm":
+        try:
+            return _outlined(source, _builtin(source, choice), parallel, dtype)
+        except UnsupportedModel as error:
+            if not tracing.available("vllm", choice.engine_python):
+                raise UnsupportedModel(
+                    f"{error}; where vLLM is installed its layout can be traced from vLLM itself: shardtool trace"
+                    f" writes it to a file for --layout FILE"
+                ) from None
+            return _outlined(source, _traced(source, choice, parallel, dtype), parallel, dtype)
+    return _outlined(source, choose(source, choice, parallel, dtype), parallel, dtype)
+
+
+def _outlined(source: Source, layout: Layout, parallel: Parallel, wanted: str) -> tuple[Layout, Outline, DType]:
+    held = target_dtype(source, wanted, layout)
+    model = Model(source.config, source.inventory, held, sources.equal_in(source))
+    return layout, layout.outline(model, parallel), held
+
+
+def choose(source: Source, choice: Choice, parallel: Parallel, dtype: str = "auto") -> Layout:
+    """The layout that was asked for."""
+    engine, _, kind = choice.layout.partition(":")
+    if not choice.layout:
+        return recorded(source)
+    if choice.layout in NAMES:
+        if kind == "traced":
+            return _traced(source, choice, parallel, dtype)
+        if engine == "transformers":
+            return _transformers(source)
+        return _builtin(source, choice)
+    return from_file(choice.layout)
+
+
+def recorded(source: Source) -> Layout:
+    """The layout that a sharded checkpoint was made with; that of the built-in table where it has no manifest."""
+    if source.origin is None:
+        raise PlanError(f"{source.uri} is not sharded: say with --layout how it shall be")
+    return from_record(source.origin.layout, source)
+
+
+def from_record(record: Mapping[str, Any], source: Source) -> Layout:
+    """The layout that a manifest kept."""
+    if record.get("kind") == "tp_plan":
+        from shardtool.layouts import transformers
+
+        return transformers.from_record(record, source.uri)
+    if record.get("kind") == "traced":
+        assert source.origin is not None
+        return files.of_manifest(source.origin, source.uri)
+    if record.get("engine") == "sglang":
+        from shardtool.layouts import sglang
+
+        return sglang.from_manifest(record, source.uri)
+    return vllm.from_manifest(record, source.uri)
+
+
+def from_file(path: str) -> files.FileLayout:
+    """The layout of a file that ``trace`` wrote. A folder or URI works as well as a local path."""
+    folder, _, name = path.rpartition("/")
+    if not path.endswith(".json"):
+        known = ", ".join(NAMES)
+        raise UsageError(f"--layout {path!r} is neither the name of a layout ({known}) nor a layout file (*.json)")
+    with open_store(folder or ("/" if path.startswith("/") else ".")) as store:
+        return files.decode(store.get(name, limit=MOST), store.locate(name))
+
+
+def _builtin(source: Source, choice: Choice) -> Layout:
+    _refuse_foreign(source)
+    version = choice.engine_version
+    if choice.layout.startswith("sglang"):
+        from shardtool.layouts import sglang
+
+        return sglang.for_config(source.config) if version is None else sglang.for_config(source.config, version)
+    return vllm.for_config(source.config) if version is None else vllm.for_config(source.config, version)
+
+
+def _refuse_foreign(source: Source) -> None:
+    if any(o.key == "hf_quant_config.json" for o in source.side):
+        raise UnsupportedModel(f"{source.uri} has a hf_quant_config.json, which the built-in tables do not know")
+
+
+def _traced(source: Source, choice: Choice, parallel: Parallel, dtype: str) -> Layout:
+    engine = choice.layout.partition(":")[0] or "vllm"
+    return trace(source, choice, engine, [parallel], dtype)
+
+
+def trace(
+    source: Source,
+    choice: Choice,
+    engine: str,
+    parallels: Iterable[Parallel],
+    dtype: str,
+    progress: Callable[[int, int], None] | None = None,
+) -> files.FileLayout:
+    """The layout that the installed engine's own loader shows at some sizes."""
+    return tracing.trace(
+        tracing.Job(
+            engine=engine,
+            uri=source.uri,
+            config=source.config_text,
+            side=partial(write_side_files, source.store, [(found.key, found.size) for found in source.side]),
+            tensors=source.inventory,
+            parallels=tuple(parallels),
+            dtype=None if dtype == "auto" else from_name(dtype).torch_name,
+            trust_remote_code=choice.trust_remote_code,
+            moe_backend=choice.moe_backend,
+        ),
+        python=choice.engine_python,
+    )
+
+
+def write_side_files(store: Store, files: Iterable[tuple[str, int]], folder: Path) -> None:
+    """Write what lies beside the weights and is small into a folder: remote code, tokenizer, settings."""
+    for key, size in files:
+        if size > SMALL or key == CONFIG or key.endswith((".safetensors", ".safetensors.index.json", ".bin")):
+            continue
+        data = bytearray(size)
+        store.readinto(key, 0, memoryview(data))
+        place = folder / key
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(data)
+
+
+def _transformers(source: Source) -> Layout:
+    from shardtool.ops import tp_plan
+
+    return tp_plan.layout_of(source.config, source.inventory)
+
+
+def target_dtype(source: Source, wanted: str, layout: Layout) -> DType:
+    """The dtype of the shards: ``auto`` is what config.json says, where that is what the engine will use."""
+    if wanted != "auto":
+        dtype = from_name(wanted)
+        if dtype.name not in layout.dtypes:
+            raise UsageError(f"--dtype {wanted}: {layout.title} can be {', '.join(layout.dtypes)}")
+        return dtype
+    if source.origin is not None and source.origin.dtype.name in layout.dtypes:
+        return source.origin.dtype
+    if len(layout.dtypes) == 1:
+        return DType[layout.dtypes[0]]
+    said = _said(source.config)
+    if said is None or from_name(said) is DType.F32:
+        what = "says float32" if said else "does not say a dtype"
+        raise UsageError(
+            f"config.json {what}, for which an engine's choice depends on its GPU: say --dtype bfloat16 or "
+            f"--dtype float16"
+        )
+    dtype = from_name(said)
+    if dtype not in (DType.BF16, DType.F16):
+        raise UsageError(
+            f"config.json says dtype {said}, in which engines do not run: say --dtype bfloat16 or --dtype float16"
+        )
+    return dtype_in(layout, dtype)
+
+
+def _said(config: Mapping[str, Any]) -> str | None:
+    """The dtype of a config, which models of several parts say in the part that is the text model."""
+    nested = config.get("text_config")
+    for place in (config, nested if isinstance(nested, dict) else {}):
+        for key in ("dtype", "torch_dtype"):
+            if isinstance(place.get(key), str):
+                return str(place[key])
+    return None

@@ -1,0 +1,205 @@
+"""Recipes as JSON values, and back: compact, and checked as the untrusted text that they are.
+
+``docs/manifest.md`` specifies them. Manifests and layout files hold them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from math import prod
+from typing import Any
+
+from shardtool.dtypes import DType
+from shardtool.errors import FormatError
+from shardtool.plan import OPERATIONS, Mosaic, Piece, Program
+from shardtool.recipe import EXPERT, SLOT, Recipe, Rule, Series, Share
+from shardtool.window import Window, row_major
+
+MOST_NUMBERS = 1 << 22
+"""Numbers of layers, ranks and experts that a recipe may have: a few bytes of JSON must not ask for gigabytes."""
+MOST_DIMENSIONS = 64
+MOST_ELEMENTS = 1 << 59
+"""Elements that a tensor may have, of up to eight bytes each."""
+MOST_NESTED = 16
+"""Programs inside each other."""
+
+
+def runs(numbers: Iterable[int]) -> list[list[int]]:
+    """Sorted numbers as runs [first, one past the last]."""
+    found: list[list[int]] = []
+    for n in numbers:
+        if found and found[-1][1] == n:
+            found[-1][1] = n + 1
+        else:
+            found.append([n, n + 1])
+    return found
+
+
+def count(value: Any) -> int:
+    """How many numbers such runs hold, without making them."""
+    total = 0
+    for first, past in value:
+        if type(first) is not int or type(past) is not int or not 0 <= first < past:
+            raise ValueError(f"the run {first!r}..{past!r} is not one of numbers")
+        total += past - first
+    return total
+
+
+def from_runs(value: Any) -> tuple[int, ...]:
+    """The numbers of such runs; a million at most."""
+    if count(value) > 1_000_000:
+        raise ValueError(f"the runs hold {count(value)} numbers, more than a million")
+    return tuple(n for first, past in value for n in range(first, past))
+
+
+def to_json(recipe: Recipe) -> list[dict[str, Any]]:
+    """The recipe as JSON values."""
+    return [
+        {
+            "name": rule.name,
+            **({"i": runs(rule.index)} if rule.index else {}),
+            "dtype": rule.dtype.name,
+            "shares": [{"ranks": runs(share.ranks), **_held_to_json(share)} for share in rule.shares],
+        }
+        for rule in recipe.rules
+    ]
+
+
+def _held_to_json(held: Share | Mosaic) -> dict[str, Any]:
+    return {
+        "shape": list(held.shape),
+        **({} if held.fill is None else {"fill": held.fill}),
+        "pieces": [_piece_to_json(piece, held.shape) for piece in held.pieces],
+    }
+
+
+def _piece_to_json(piece: Piece | Series, shape: tuple[int, ...]) -> dict[str, Any]:
+    series: dict[str, Any] = {}
+    if isinstance(piece, Series):
+        series = {"e": runs(piece.numbers), "step": [piece.dst_step, piece.src_step]}
+        piece = piece.piece
+    elif piece.dst == row_major(shape) and piece.src == piece.dst:
+        return {"of": _source_to_json(piece)}
+    return {
+        "of": _source_to_json(piece),
+        **series,
+        "shape": list(piece.dst.shape),
+        "to": [piece.dst.offset, *piece.dst.strides],
+        "from": [piece.src.offset, *piece.src.strides],
+    }
+
+
+def _source_to_json(piece: Piece) -> str | dict[str, Any]:
+    program = piece.source
+    if not isinstance(program, Program):
+        return str(program)
+    args = [{"dtype": arg.dtype.name, **_held_to_json(arg)} if isinstance(arg, Mosaic) else arg for arg in program.args]
+    return {"op": program.op, "args": args, "dtype": program.dtype.name, "shape": list(program.shape)}
+
+
+def from_json(value: Any, where: str) -> Recipe:
+    """The recipe that JSON values say, checked: windows stay inside their targets. Raises ``FormatError``."""
+    try:
+        if sum(_numbers(entry) for entry in value) > MOST_NUMBERS:
+            raise ValueError(f"it has more than {MOST_NUMBERS} numbers of layers, ranks and experts")
+        return Recipe(tuple(_rule(entry) for entry in value))
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError, AttributeError, RecursionError) as error:
+        raise FormatError(f"{where}: the recipe is damaged ({repr(error)[:300]})") from None
+
+
+def _numbers(entry: Mapping[str, Any]) -> int:
+    """How many numbers the runs of a rule hold: small in JSON, large when every source of every layer is looked at."""
+    layers, widest, total = count(entry.get("i", ())), 0, 0
+    for share in entry["shares"]:
+        experts = sum(count(piece["e"]) for piece in share["pieces"] if "e" in piece)
+        widest = max(widest, experts)
+        total += count(share["ranks"]) + experts
+    return total + layers * (1 + widest)
+
+
+def sizes(values: Any) -> tuple[int, ...]:
+    """A shape, or what goes with one: no tensor has so many dimensions or elements that it could not be stored."""
+    if (
+        not isinstance(values, list)
+        or len(values) > MOST_DIMENSIONS
+        or not all(type(n) is int and 0 <= n < MOST_ELEMENTS for n in values)
+    ):
+        raise ValueError(f"{values!r:.100} are not sizes")
+    return tuple(values)
+
+
+def shape_of(values: Any) -> tuple[int, ...]:
+    """A shape of a tensor that could be."""
+    shape = sizes(values)
+    if prod(shape) >= MOST_ELEMENTS:
+        raise ValueError(f"no tensor has the shape {list(shape)}")
+    return shape
+
+
+def _rule(entry: Mapping[str, Any]) -> Rule:
+    index = from_runs(entry["i"]) if "i" in entry else ()
+    if not isinstance(entry["name"], str) or bool(index) != (SLOT in entry["name"]):
+        raise ValueError(f"the name {entry['name']!r} and its numbers do not fit")
+    shares = tuple(_share(share) for share in entry["shares"])
+    ranks = [rank for share in shares for rank in share.ranks]
+    if len(ranks) != len(set(ranks)):
+        raise ValueError(f"a rank has two shares of {entry['name']!r}")
+    return Rule(entry["name"], DType[entry["dtype"]], shares, index)
+
+
+def _share(entry: Mapping[str, Any]) -> Share:
+    shape, pieces, fill = _held(entry, 0)
+    return Share(from_runs(entry["ranks"]), shape, pieces, fill)
+
+
+def _held(entry: Mapping[str, Any], depth: int) -> tuple[tuple[int, ...], tuple[Piece | Series, ...], float | None]:
+    """Shape, pieces and fill."""
+    shape = shape_of(entry["shape"])
+    fill = entry.get("fill")
+    if fill is not None and type(fill) not in (int, float):
+        raise ValueError(f"the fill {fill!r} is not a number")
+    pieces = tuple(_piece(piece, shape, depth) for piece in entry["pieces"])
+    end = row_major(shape).bounds[1]
+    for piece in pieces:
+        one, last = (piece.piece, len(piece.numbers) - 1) if isinstance(piece, Series) else (piece, 0)
+        step = piece.dst_step if isinstance(piece, Series) else 0
+        if one.dst.bounds[1] + last * step > end or one.dst.size > end:
+            raise ValueError(f"a piece of {one.source!r:.200} leaves its target")
+    return shape, pieces, None if fill is None else float(fill)
+
+
+def _piece(entry: Mapping[str, Any], shape: tuple[int, ...], depth: int) -> Piece | Series:
+    source = _source(entry["of"], depth)
+    if "shape" not in entry:
+        window = row_major(shape)
+        return Piece(window, window, source)
+    box, to, of = shape_of(entry["shape"]), sizes(entry["to"]), sizes(entry["from"])
+    if not len(to) == len(of) == len(box) + 1:
+        raise ValueError(f"a piece of {entry['of']!r:.200} has windows of different shapes")
+    piece = Piece(Window(to[0], box, to[1:]), Window(of[0], box, of[1:]), source)
+    if "e" not in entry:
+        return piece
+    dst_step, src_step = sizes(entry["step"])
+    if not isinstance(source, str) or EXPERT not in source:
+        raise ValueError(f"the series of {entry['of']!r:.200} has no slot for its numbers")
+    return Series(piece, from_runs(entry["e"]), dst_step, src_step)
+
+
+def _source(value: Any, depth: int) -> str | Program:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, dict) or value["op"] not in OPERATIONS or depth >= MOST_NESTED:
+        raise ValueError(f"the source {value!r:.200} is neither a name nor a program")
+    args: list[Mosaic | float | str] = []
+    for arg in value["args"]:
+        if isinstance(arg, dict):
+            shape, pieces, fill = _held(arg, depth + 1)
+            plain = tuple(piece for piece in pieces if isinstance(piece, Piece))
+            if len(plain) != len(pieces):
+                raise ValueError(f"a program takes a series: {value!r:.200}")
+            args.append(Mosaic(DType[arg["dtype"]], shape, plain, fill))
+        elif isinstance(arg, str) or type(arg) in (int, float):
+            args.append(arg)
+        else:
+            raise ValueError(f"a program takes {arg!r:.200}")
+    return Program(value["op"], tuple(args), DType[value["dtype"]], shape_of(value["shape"]))

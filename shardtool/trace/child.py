@@ -1,0 +1,172 @@
+"""The process in which an engine is traced: ``python -m shardtool.trace.child JOB.json OUT.json``.
+
+It runs under the engine's own Python, which needs torch and the engine and nothing else of ours than this package on its
+path. ``JOB.json`` says what to do (``parent.py`` writes it), ``OUT.json`` is the answer or ``{"error": ...}``; what the
+engine prints goes where the parent wants it. Ranks are traced one after the other and folded at once, so that memory
+holds one rank's pieces.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shardtool import header, parallel, recipe_json
+from shardtool.dtypes import from_name
+from shardtool.errors import ShardtoolError
+from shardtool.fold import Folding
+from shardtool.parallel import Parallel
+from shardtool.plan import Mosaic
+from shardtool.recipe import Recipe, filled
+from shardtool.trace.aliases import kept
+from shardtool.trace.compile import Compiler
+from shardtool.trace.contents import Contents
+from shardtool.trace.tape import META, Literals, Log, Tape
+
+WEIGHTS = "model.safetensors"
+PROGRESS = "shardtool-progress "
+"""How lines of progress begin, among what the engine prints."""
+
+
+def trace(engine: Any, sizes: Parallel, sources: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, Any]:
+    """Every rank of some sizes: recipe, aliases, tensors that nothing fills."""
+    folding = Folding()
+    aliases: dict[str, str] = {}
+    uninitialised: dict[str, int] = {}
+    tied: tuple[str, str] | None = None
+    for rank in sizes.ranks:
+        _progress(f"{sizes}: rank {rank + 1} of {len(sizes.ranks)}")
+        log = Log()
+        tape = Tape(log, Contents(log).value)
+        with engine.rank(sizes, rank) as config:
+            with META, tape, Literals(tape):
+                model = engine.construct(config)
+            with tape:
+                engine.load(config, model, _weights(log, sources))
+            tied = tied or engine.tied(config, model)
+            amendments = engine.amendments(config, sources)
+        targets, others = kept(log, model.state_dict())
+        aliases.update(others)
+        compiler = Compiler(log)
+        mosaics: list[tuple[str, Mosaic]] = []
+        for name, target in targets.items():
+            compiled = compiler.target(name, target)
+            mosaics.append((name, compiled.mosaic))
+            if compiled.uninitialised:
+                uninitialised[name] = max(compiled.uninitialised, uninitialised.get(name, 0))
+        folding.add(rank, mosaics)
+        del model, config, compiler, tape, log, mosaics, targets
+        gc.collect()
+    recipe = folding.recipe()
+    return {
+        "parallel": sizes.to_json(),
+        "recipe": recipe_json.to_json(recipe),
+        "amendments": amendments,
+        "unused": sorted(set(sources) - _used(recipe)),
+        "aliases": aliases,
+        "uninitialised": uninitialised,
+        **({} if tied is None else {"tied": list(tied)}),
+    }
+
+
+def shapes(engine: Any, sizes: Parallel) -> dict[str, Any]:
+    """What every rank of some sizes holds: name -> dtype and shape, aliases left out."""
+    ranks = []
+    for rank in sizes.ranks:
+        with engine.rank(sizes, rank) as config, META:
+            state = engine.construct(config).state_dict()
+        log = Log()
+        targets, _ = kept(log, state)
+        ranks.append({name: [from_name(str(ref.dtype)).name, list(ref.shape)] for name, ref in targets.items()})
+    return {"parallel": sizes.to_json(), "ranks": ranks}
+
+
+def _weights(
+    log: Log, sources: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each source tensor as a loader gets it, empty."""
+    for name, (dtype, shape) in sources.items():
+        tensor = torch.empty(shape, dtype=dtype, device=META)
+        log.source(name, tensor)
+        yield name, tensor
+
+
+def _used(recipe: Recipe) -> set[str]:
+    """The source tensors that a recipe takes."""
+    used: set[str] = set()
+    for rule in recipe.rules:
+        names = set(rule.sources()).union(*(program.sources() for program in rule.programs()))
+        for number in rule.index or (None,):
+            used.update(filled(name, number) for name in names)
+    return used
+
+
+def _sources(folder: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """The source tensors, from the header of the skeleton's weights."""
+    path = folder / WEIGHTS
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        first = file.read(8)
+        text = file.read(header.length(first, size, WEIGHTS))
+    return {entry.name: (entry.dtype.torch(), entry.shape) for entry in header.parse(text, size, WEIGHTS).entries}
+
+
+def _engine(job: Mapping[str, Any]) -> Any:
+    if job["engine"] == "vllm":
+        from shardtool.trace import vllm as room
+    else:
+        raise ValueError(f"{job['engine']!r} is not an engine that can be traced")
+    return room.Engine(
+        Path(job["folder"]),
+        dtype=job["dtype"],
+        trust_remote_code=job["trust_remote_code"],
+        moe_backend=job["moe_backend"],
+        load_format="auto" if job["do"] == "trace" else "sharded_state",
+    )
+
+
+def run(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Do a job."""
+    every = [parallel.from_json(value) for value in job["parallels"]]
+    engine = _engine(job)
+    if job["do"] == "trace":
+        sources = _sources(Path(job["folder"]))
+        layouts = [trace(engine, sizes, sources) for sizes in every]
+    else:
+        layouts = [shapes(engine, sizes) for sizes in every]
+    return {
+        "engine_version": engine.version,
+        "class": engine.architecture(every[0]),
+        "dtype": from_name(str(engine.dtype(every[0]))).name,
+        "layouts": layouts,
+    }
+
+
+def _progress(text: str) -> None:
+    sys.stdout.write(f"{PROGRESS}{text}\n")
+    sys.stdout.flush()
+
+
+def main(job_path: str, out_path: str) -> int:
+    """Do the job of a file."""
+    try:
+        with torch.no_grad():
+            out = run(json.loads(Path(job_path).read_text(encoding="utf-8")))
+    except ShardtoolError as error:
+        out = {"error": {"kind": type(error).__name__, "message": str(error)}}
+    except Exception as error:  # whatever the engine raises is an answer
+        traceback.print_exc()
+        out = {"error": {"kind": "engine", "message": f"{type(error).__name__}: {error}"}}
+    Path(out_path).write_text(json.dumps(out, separators=(",", ":")), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

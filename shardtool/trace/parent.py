@@ -1,0 +1,273 @@
+"""Our side of a trace: a folder for the engine to look at, its process, and its answer as a layout.
+
+The folder is a *skeleton*: config.json, what lies beside the weights, and one safetensors file with the header of all
+source tensors and none of their bytes. An engine that looks into a checkpoint before it builds the model (quantized
+modules, tied heads, dtypes) sees there what the checkpoint has, whatever store it lies in and whatever its files are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Timer
+from typing import Any
+
+import shardtool
+from shardtool import errors, header, recipe_json
+from shardtool.dtypes import DType
+from shardtool.errors import UnsupportedModel, UsageError
+from shardtool.layouts.base import Parallel
+from shardtool.layouts.file import FileLayout, Traced
+from shardtool.mosaic import Logical
+
+PROGRESS = "shardtool-progress "
+"""How the child's lines of progress begin."""
+TIMEOUT = 4 * 3600.0
+"""Seconds that an engine gets."""
+_TITLES = {"vllm": "vLLM", "sglang": "SGLang"}
+_BOOT = (
+    "import sys; sys.path.insert(0, sys.argv[1]); from shardtool.trace.child import main; sys.exit(main(*sys.argv[2:]))"
+)
+
+
+def _no_side_files(_folder: Path) -> None:
+    pass
+
+
+def _silent(_text: str) -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What to trace. ``side`` writes the files beside the weights into a folder; ``dtype`` is torch's name."""
+
+    engine: str
+    uri: str
+    config: str
+    tensors: Mapping[str, Logical]
+    parallels: tuple[Parallel, ...]
+    side: Callable[[Path], None] = _no_side_files
+    dtype: str | None = None
+    trust_remote_code: bool = False
+    moe_backend: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What every rank of an engine's model holds at some sizes, by name."""
+
+    engine_version: str
+    parallel: Parallel
+    ranks: tuple[Mapping[str, Logical], ...]
+
+
+def available(engine: str, python: str | None = None) -> bool:
+    """Whether an engine is installed, here or for another interpreter."""
+    if python is None:
+        return importlib.util.find_spec(engine) is not None
+    look = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({engine!r}) is None)"
+    with contextlib.suppress(OSError):
+        return subprocess.run([python, "-c", look], check=False, capture_output=True).returncode == 0
+    return False
+
+
+def trace(
+    job: Job, *, python: str | None = None, progress: Callable[[str], None] = _silent, timeout: float = TIMEOUT
+) -> FileLayout:
+    """The layout that an engine's loader shows. Raises ``UnsupportedModel`` with what the engine said."""
+    out = _done(job, "trace", python, progress, timeout)
+    version = str(out["engine_version"])
+    reason = f"{_TITLES[job.engine]} {version} does not load it"
+    traced = []
+    for entry, sizes in zip(out["layouts"], job.parallels, strict=True):
+        tied = entry.get("tied")
+        traced.append(
+            Traced(
+                sizes,
+                recipe_json.from_json(entry["recipe"], f"the trace of {job.uri}"),
+                dropped=dict.fromkeys(entry["unused"], reason),
+                amendments=entry["amendments"],
+                aliases=entry["aliases"],
+                uninitialised=entry["uninitialised"],
+                tied=None if tied is None else (tied[0], tied[1]),
+            )
+        )
+    return FileLayout(
+        job.engine, version, str(out["class"]), DType[out["dtype"]], job.tensors, tuple(traced), f"the trace of {job.uri}"
+    )
+
+
+def held(
+    job: Job, *, python: str | None = None, progress: Callable[[str], None] = _silent, timeout: float = TIMEOUT
+) -> tuple[Held, ...]:
+    """What an engine builds for a sharded checkpoint: only constructed, nothing is loaded."""
+    out = _done(job, "shapes", python, progress, timeout)
+    return tuple(
+        Held(
+            str(out["engine_version"]),
+            sizes,
+            tuple(
+                {name: Logical(DType[dtype], tuple(shape)) for name, (dtype, shape) in rank.items()}
+                for rank in entry["ranks"]
+            ),
+        )
+        for entry, sizes in zip(out["layouts"], job.parallels, strict=True)
+    )
+
+
+def _done(
+    job: Job, do: str, python: str | None, progress: Callable[[str], None], timeout: float
+) -> dict[str, Any]:
+    """The child's answer."""
+    if not available(job.engine, python):
+        where = "here" if python is None else f"for {python}"
+        raise UsageError(
+            f"{_TITLES[job.engine]} is not installed {where}: install it, or name a Python that has it with "
+            f"--engine-python"
+        )
+    with TemporaryDirectory(prefix="shardtool-trace-") as scratch:
+        folder = Path(scratch, "model")
+        skeleton(job, folder, "model.safetensors" if do == "trace" else "model-rank-0-part-0.safetensors")
+        asked = Path(scratch, "JOB.json")
+        answer = Path(scratch, "OUT.json")
+        asked.write_text(
+            json.dumps(
+                {
+                    "do": do,
+                    "engine": job.engine,
+                    "folder": str(folder),
+                    "dtype": job.dtype,
+                    "trust_remote_code": job.trust_remote_code,
+                    "moe_backend": job.moe_backend,
+                    "parallels": [sizes.to_json() for sizes in job.parallels],
+                }
+            ),
+            encoding="utf-8",
+        )
+        command = [python or sys.executable, "-c", _BOOT, str(_path(Path(scratch))), str(asked), str(answer)]
+        code, said = _watched(command, scratch, progress, timeout)
+        try:
+            out: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise UnsupportedModel(_crashed(job, code, said, timeout)) from None
+    if "error" in out:
+        raise _error(job, out["error"])
+    return out
+
+
+def skeleton(job: Job, folder: Path, weights: str) -> None:
+    """Write what the engine looks at."""
+    folder.mkdir(parents=True)
+    job.side(folder)
+    for path in folder.rglob("*.safetensors*"):
+        path.unlink()
+    (folder / "config.json").write_text(job.config, encoding="utf-8")
+    tensors = [(name, tensor.dtype, tensor.shape) for name, tensor in job.tensors.items()]
+    text = header.encode(tensors)
+    size = len(text) + sum(tensor.dtype.nbytes(_count(tensor.shape)) for tensor in job.tensors.values())
+    with (folder / weights).open("wb") as file:
+        file.write(text)
+        file.truncate(size)
+
+
+def _count(shape: Sequence[int]) -> int:
+    count = 1
+    for n in shape:
+        count *= n
+    return count
+
+
+def _path(scratch: Path) -> Path:
+    """A folder with this package alone, for a Python whose other packages must stay its own."""
+    folder = scratch / "path"
+    folder.mkdir()
+    package = Path(shardtool.__file__).parent
+    try:
+        (folder / "shardtool").symlink_to(package, target_is_directory=True)
+    except OSError:
+        shutil.copytree(package, folder / "shardtool")
+    return folder
+
+
+def _watched(
+    command: Sequence[str], cwd: str, progress: Callable[[str], None], timeout: float
+) -> tuple[int, Sequence[str]]:
+    """Run a process to its end, or for so long. -> (exit code, its last lines)."""
+    said: deque[str] = deque(maxlen=200)
+    with subprocess.Popen(
+        command,
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as process:
+        timer = Timer(timeout, _kill, [process])
+        timer.start()
+        try:
+            for line in _lines(process):
+                if line.startswith(PROGRESS):
+                    progress(line.removeprefix(PROGRESS))
+                else:
+                    said.append(line)
+            code = process.wait()
+        finally:
+            timer.cancel()
+            _kill(process)
+    return code, said
+
+
+def _lines(process: subprocess.Popen[str]) -> Iterator[str]:
+    assert process.stdout is not None
+    for line in process.stdout:
+        yield line.rstrip()
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """End a process and those that it started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _crashed(job: Job, code: int, said: Sequence[str], timeout: float) -> str:
+    title = _TITLES[job.engine]
+    last = next((line.strip() for line in reversed(said) if line.strip()), "it said nothing")
+    if code == -signal.SIGKILL:
+        return f"{title} was ended while its loader was traced: out of memory, or after {timeout:.0f} seconds ({last[:300]})"
+    how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+    return f"{title} ended {how} while its loader was traced: {last[:300]}"
+
+
+def _error(job: Job, error: Mapping[str, Any]) -> errors.ShardtoolError:
+    """The child's error as ours."""
+    kind, message = str(error["kind"]), str(error["message"])
+    known = getattr(errors, kind, None)
+    if isinstance(known, type) and issubclass(known, errors.ShardtoolError):
+        return known(message)
+    if kind != "engine":
+        return UnsupportedModel(f"{_TITLES[job.engine]} loads this model in a way that cannot be traced: {message}")
+    return UnsupportedModel(f"{_TITLES[job.engine]} cannot load this model: {essence(message)}")
+
+
+def essence(message: str) -> str:
+    """The line of an exception's text that says what is wrong."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    for line in lines:  # pydantic lists what it found below a first line that only counts
+        if line.startswith(("Value error, ", "Assertion failed, ")):
+            return re.sub(r" \[type=\w+, input_value=.*$", "", line.partition(", ")[2])[:500]
+    return lines[0][:500] if lines else "it does not say why"
