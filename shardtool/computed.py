@@ -86,10 +86,11 @@ class Computed(Store):
         if program.op == "data":
             return _data(program)
         args = [self._filled(arg) if isinstance(arg, Mosaic) else arg for arg in program.args]
-        if program.op == "to":
+        if program.op in ("to", "view"):
             (source,) = args
             assert isinstance(source, torch.Tensor)
-            return source.to(program.dtype.torch())
+            dtype = program.dtype.torch()
+            return source.to(dtype) if program.op == "to" else source.view(dtype)
         operation = getattr(torch.nn.functional if program.op == "softplus" else torch, program.op)
         try:
             value: torch.Tensor = operation(*args)

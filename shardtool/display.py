@@ -108,7 +108,10 @@ def _drawn(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
 
 @contextlib.contextmanager
 def progress(label: str, *, shown: bool, unit: str = "B") -> Iterator[Tell | None]:
-    """A bar with bytes (or another unit), speed and time left on stderr; None where it is not a terminal. Many threads may tell."""
+    """A bar with bytes (or another unit), speed and time left on stderr; None where it is not a terminal.
+
+    Many threads may tell.
+    """
     if not shown or not terminal(sys.stderr):
         yield None
         return

@@ -86,9 +86,10 @@ class Program:
 
 OPERATIONS = frozenset(
     {"abs", "add", "clamp", "data", "div", "exp", "expm1", "log", "log1p", "mul", "neg", "pow", "reciprocal", "rsqrt"}
-    | {"sigmoid", "softplus", "sqrt", "sub", "to"}
+    | {"sigmoid", "softplus", "sqrt", "sub", "to", "view"}
 )
-"""What a program may do: element by element as torch does it, ``to`` (another dtype), and ``data``."""
+"""What a program may do: element by element as torch does it, ``to`` (another dtype), ``view`` (the bits
+as another dtype of the same size), and ``data``."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

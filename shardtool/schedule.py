@@ -17,9 +17,11 @@ transposed tensor that does not fit into the limit is read again for each of its
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any
 
 from shardtool.dtypes import DType
@@ -35,7 +37,7 @@ GAP = 128 << 10
 """Bytes between two runs of one window that are read over rather than skipped."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Target:
     """A tensor that some sink wants filled. ``pieces`` cite stored bytes.
 
@@ -48,6 +50,20 @@ class Target:
     sink: Any
     offset: int
     staging: int = 1
+
+    def within(self, first: int, count: int) -> Sequence[Piece]:
+        """The pieces that may land on elements [first, first + count). Stacked experts have a thousand pieces."""
+        if count == self.tensor.size:
+            return self.pieces
+        starts, reach, pieces = self._by_place
+        return pieces[bisect_right(reach, first) : bisect_left(starts, first + count)]
+
+    @cached_property
+    def _by_place(self) -> tuple[list[int], list[int], list[Piece]]:
+        """The first elements of all pieces in order, how far the pieces up to each one reach, and the pieces."""
+        placed = sorted(((*piece.dst.bounds, i) for i, piece in enumerate(self.pieces)))
+        reach = list(accumulate((end for _, end, _ in placed), max))
+        return [start for start, _, _ in placed], reach, [self.pieces[i] for _, _, i in placed]
 
 
 @dataclass(slots=True)
@@ -224,7 +240,7 @@ def _step(ranges: Sequence[tuple[Target, int, int]], longest: int, scratch: int 
             place += _up(tile.nbytes) * target.staging
         step.tiles.append(tile)
         filled = 0
-        for piece in target.pieces:
+        for piece in target.within(first, count):
             for dst, src in _cut(piece, first, count, tensor.size):
                 filled += dst.size
                 stored = piece.source

@@ -7,7 +7,7 @@ A flag wins over ``SHARDTOOL_*``, which wins over the twin that Run:ai's streame
     --max-part-size   SHARDTOOL_MAX_PART_SIZE                                  a size
     --pattern         SHARDTOOL_PATTERN                                        names of files that are written
     --dtype           SHARDTOOL_DTYPE                                          as the flag
-    --layout          SHARDTOOL_LAYOUT                                         as the flag
+    --layout          SHARDTOOL_LAYOUT                                         as the flag, of save
     --engine-python   SHARDTOOL_ENGINE_PYTHON                                  a path
     --layer-partition SHARDTOOL_LAYER_PARTITION VLLM_PP_LAYER_PARTITION        numbers of layers, for example 16,18
     --device          SHARDTOOL_DEVICE                                         as the flag

@@ -139,8 +139,13 @@ class _Machine:
         self.at += count
         return found
 
-    def number(self, code: str) -> Any:
-        (found,) = struct.unpack(code, self.take(struct.calcsize(code)))
+    def byte(self) -> int:
+        found = self.data[self.at]
+        self.at += 1
+        return found
+
+    def number(self, code: str, width: int) -> Any:
+        (found,) = struct.unpack(code, self.take(width))
         return found
 
     def line(self) -> str:
@@ -161,9 +166,10 @@ class _Machine:
         return self.stack.pop()
 
     def top(self) -> Any:
-        value = self.pop()
-        self.stack.append(value)
-        return value
+        """The same, which stays."""
+        if self.marks and len(self.stack) <= self.marks[-1]:
+            raise ValueError("the pickle looks at a value that is not there")
+        return self.stack[-1]
 
     def mark(self) -> None:
         if len(self.marks) == MAX_DEPTH:
@@ -271,11 +277,11 @@ def _size(number: object) -> bool:
 
 
 def _text(machine: _Machine) -> None:
-    machine.push(machine.take(machine.number("<I")).decode())
+    machine.push(machine.take(machine.number("<I", 4)).decode())
 
 
 def _long(machine: _Machine) -> None:
-    count = machine.number("<B")
+    count = machine.byte()
     if count > 8:
         raise ValueError("a number of more than 8 bytes is no size")
     machine.push(int.from_bytes(machine.take(count), "little", signed=True))
@@ -309,16 +315,16 @@ _OPERATIONS: dict[int, Callable[[_Machine], object]] = {ord(code): operation for
     "N":    lambda m: m.push(None),                       # NONE
     "\x89": lambda m: m.push(False),                      # NEWFALSE
     "\x88": lambda m: m.push(True),                       # NEWTRUE
-    "J":    lambda m: m.push(m.number("<i")),             # BININT
-    "K":    lambda m: m.push(m.number("<B")),             # BININT1
-    "M":    lambda m: m.push(m.number("<H")),             # BININT2
+    "J":    lambda m: m.push(m.number("<i", 4)),          # BININT
+    "K":    lambda m: m.push(m.byte()),                   # BININT1
+    "M":    lambda m: m.push(m.number("<H", 2)),          # BININT2
     "\x8a": _long,                                        # LONG1
-    "G":    lambda m: m.push(m.number(">d")),             # BINFLOAT
+    "G":    lambda m: m.push(m.number(">d", 8)),          # BINFLOAT
     "X":    _text,                                        # BINUNICODE
-    "U":    lambda m: m.push(m.take(m.number("<B"))),     # SHORT_BINSTRING
-    "h":    lambda m: m.push(m.memo[m.number("<B")]),     # BINGET
-    "j":    lambda m: m.push(m.memo[m.number("<I")]),     # LONG_BINGET
-    "q":    lambda m: m.put(m.number("<B")),              # BINPUT
-    "r":    lambda m: m.put(m.number("<I")),              # LONG_BINPUT
+    "U":    lambda m: m.push(m.take(m.byte())),           # SHORT_BINSTRING
+    "h":    lambda m: m.push(m.memo[m.byte()]),           # BINGET
+    "j":    lambda m: m.push(m.memo[m.number("<I", 4)]),  # LONG_BINGET
+    "q":    lambda m: m.put(m.byte()),                    # BINPUT
+    "r":    lambda m: m.put(m.number("<I", 4)),           # LONG_BINPUT
 }.items()}
 # fmt: on

@@ -307,11 +307,14 @@ def union(windows: Iterable[Window]) -> int:
 
     A window that meets itself other than by standing still is refused.
     """
-    distinct = list(dict.fromkeys(_nested(window) for window in windows))
+    distinct = sorted(dict.fromkeys(_nested(window) for window in windows), key=lambda window: window.bounds)
     total = 0
-    for i, window in enumerate(distinct):
-        shared = [a for earlier in distinct[:i] for a, _ in join(window, window, earlier, earlier)]
+    near: list[Window] = []  # those before that reach as far as this one; a thousand stacked experts are far apart
+    for window in distinct:
+        near = [earlier for earlier in near if earlier.bounds[1] > window.offset]
+        shared = [a for earlier in near for a, _ in join(window, window, earlier, earlier)]
         total += window.size - (union(shared) if shared else 0)
+        near.append(window)
     return total
 
 

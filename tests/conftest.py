@@ -86,6 +86,16 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what needs an engine, unless it was asked for by its mark."""
+    if "engine" in config.option.markexpr:
+        return
+    left_out = [item for item in items if item.get_closest_marker("engine")]
+    if left_out:
+        items[:] = [item for item in items if not item.get_closest_marker("engine")]
+        config.hook.pytest_deselected(items=left_out)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what needs a GPU where there is none."""
     if item.get_closest_marker("cuda") and not _has_gpu():

@@ -27,43 +27,50 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 # A floor, what stands on it, and the floors that it may import besides itself. The names are fnmatch patterns of
 # modules below shardtool; "." is shardtool/__init__.py. A module belongs to the first line that names it.
 FLOORS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "L0 words":      (("errors", "dtypes", "window", "units"),                 ()),
+    "L0 words":      (("errors", "dtypes", "window", "units", "parallel"),     ()),
     "L1 nouns":      (("plan", "mosaic", "schedule", "header", "digest",
-                       "recipe", "manifest", "pattern"),                       ("L0 words",)),
+                       "recipe", "recipe_json", "fold", "inventory",
+                       "manifest", "pattern", "unpickle", "torchfile"),        ("L0 words",)),
     "L2a layouts":   (("layouts", "layouts.*"),                                ("L0 words", "L1 nouns")),
     "L2b stores":    (("stores", "stores.*"),                                  ("L0 words", "L1 nouns")),
     "L3 engine":     (("budget", "buffers", "cast", "sinks", "sinks.*",
-                       "engine", "checkpoint"),                                ("L0 words", "L1 nouns", "L2a layouts",
+                       "engine", "checkpoint", "torchread", "computed"),       ("L0 words", "L1 nouns", "L2a layouts",
                                                                                 "L2b stores")),
+    "L3 tracing":    (("trace", "trace.*"),                                    ("L0 words", "L1 nouns", "L2a layouts",
+                                                                                "L3 engine")),
     "L4 operations": (("ops", "ops.*"),                                        ("L0 words", "L1 nouns", "L2a layouts",
-                                                                                "L2b stores", "L3 engine")),
+                                                                                "L2b stores", "L3 engine",
+                                                                                "L3 tracing")),
     "L5 faces":      (("cli", "cli.*", "display", "settings",
                        "integrations", "integrations.*"),                      ("L0 words", "L1 nouns", "L2a layouts",
                                                                                 "L2b stores", "L3 engine",
-                                                                                "L4 operations")),
+                                                                                "L3 tracing", "L4 operations")),
     "plug-in tests": (("testing",),                                            ("L0 words", "L2b stores")),
     "the front":     ((".", "__main__"),                                       ("L0 words", "L1 nouns", "L2a layouts",
                                                                                 "L2b stores", "L3 engine",
-                                                                                "L4 operations", "L5 faces")),
+                                                                                "L3 tracing", "L4 operations",
+                                                                                "L5 faces")),
 }
 
 # Whose import is a privilege: the package, and the modules or floors that may import it.
 PRIVILEGES: dict[str, tuple[str, ...]] = {
-    "torch":    ("sinks.tensor*", "sinks.cuda*", "ops.load", "cast", "dtypes"),
+    "torch":    ("sinks.tensor*", "sinks.cuda*", "ops.load", "ops.model", "ops.tp_plan", "cast", "dtypes", "computed",
+                 "L3 tracing"),
     "boto3":    ("stores.*",),
     "botocore": ("stores.*",),
     "click":    ("L5 faces", "the front"),
     "rich":     ("L5 faces", "the front"),
     "tqdm":     ("L5 faces", "the front"),
 }
-LAZY_TORCH = ("dtypes",)                      # these import it in functions or for type checkers only
+LAZY_TORCH = ("dtypes", "computed", "ops.tp_plan")                      # these import it in functions or for type checkers only
 
 PURE = ("L1 nouns", "L2a layouts")            # floors that neither read nor write anything
 IMPURE = ("os", "io", "pathlib", "shutil", "tempfile", "glob", "mmap", "socket", "ssl", "http", "urllib", "subprocess")
 PURE_PATHS = ("PurePath", "PurePosixPath")    # the part of pathlib that is only about names
 
 QUIET_UP_TO = "L4 operations"                 # this floor and those before it never print
-ENVIRONMENT = ("settings",)                   # the only readers of environment variables
+# The only one that reads environment variables; an engine that is traced is set up by variables in its own process.
+ENVIRONMENT = ("settings", "trace.vllm", "trace.sglang")
 MOST_LINES = 500
 # fmt: on
 

@@ -34,7 +34,7 @@ def _layout(flags: dict[str, Any]) -> dict[str, Any]:
         "pp": flags["pp"],
         "trust_remote_code": flags["trust_remote_code"],
         **_given(
-            layout=settings.layout(flags["layout"]),
+            layout=flags["layout"],
             layer_partition=settings.layer_partition(partition) if partition or flags["pp"] > 1 else None,
             engine_version=flags["engine_version"],
             engine_python=settings.engine_python(flags["engine_python"]),
@@ -83,6 +83,7 @@ def save(model: str, tp: int, output: str, **flags: Any) -> int:
     """Shard a Hugging Face checkpoint: one set of files for each rank, with a manifest."""
     from shardtool.ops.save import save as operation
 
+    flags["layout"] = settings.layout(flags["layout"])
     return _write(
         "save",
         model,

@@ -114,7 +114,10 @@ def _changes(old: Held, new: Held) -> Iterator[str]:
     """How a tensor that both have is made otherwise, in words."""
     if len({t.dtype for t in old.values()} | {t.dtype for t in new.values()}) > 1:
         yield f"is {next(iter(new.values())).dtype.name} instead of {next(iter(old.values())).dtype.name}"
-    for ranks, now, all_ranks in ((sorted(old.keys() - new.keys()), "no longer", old), (sorted(new.keys() - old.keys()), "now", new)):
+    for ranks, now, all_ranks in (
+        (sorted(old.keys() - new.keys()), "no longer", old),
+        (sorted(new.keys() - old.keys()), "now", new),
+    ):
         if ranks:
             yield f"is {now} held by {_ranks(ranks, all_ranks)}"
     by_change: dict[str, list[int]] = {}

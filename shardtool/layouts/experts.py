@@ -1,25 +1,25 @@
 """Rules for mixtures of experts: how a layer's stacked experts are cut, for every rank.
 
-The engine stacks the experts of a layer: ``w13`` is ``[experts, 2 * size, hidden]``, each expert's gate over its up, and
-``w2`` is ``[experts, hidden, size]``. A checkpoint may hold each expert's tensors on their own (sources with the slot
-``{e}``), gate and up of an expert in one, or all experts stacked already; a rule takes what it is given.
+The engine stacks the experts of a layer: ``w13`` is ``[experts, 2 * size, hidden]``, each expert's gate over its up,
+and ``w2`` is ``[experts, hidden, size]``. A checkpoint may hold each expert's tensors on their own (sources with the
+slot ``{e}``), gate and up of an expert in one, or all experts stacked already; a rule takes what it is given.
 
 Without expert parallel every rank has its slice of each expert; with it, whole experts: consecutive ones, and one more
 on the first ranks where they do not divide. Sources: vLLM 0.32 ``model_executor/layers/fused_moe/routed_experts.py``
 and ``expert_map_manager.py``; for the swapped ones ``model_executor/models/gpt_oss.py``.
 
-================= ========================================================================= ===========================
-rule              of each expert, rank r of tp holds                                         its sources, as a rule
-================= ========================================================================= ===========================
-experts_gate_up   its rows of gate, then its rows of up                                      gate and up, per expert
-experts_down      its columns                                                                per expert
-stacked_gate_up   as experts_gate_up                                                         one ``[experts, 2 size, hidden]``
-stacked_down      as experts_down                                                            one ``[experts, hidden, size]``
-swapped_gate_up   its columns as rows; gate and up alternate, pairs stay together            one ``[experts, hidden, 2 size]``
-swapped_down      its rows as columns                                                        one ``[experts, size, hidden]``
-pairs_bias        its elements; gate and up alternate, pairs stay together                   one ``[experts, 2 size]``
-bias_once         all on rank 0, zeros on the others, since the ranks' results are added     one ``[experts, hidden]``
-================= ========================================================================= ===========================
+=============== ======================================================================= =============================
+rule            of each expert, rank r of tp holds                                       its sources, as a rule
+=============== ======================================================================= =============================
+experts_gate_up its rows of gate, then its rows of up                                    gate and up, per expert
+experts_down    its columns                                                              per expert
+stacked_gate_up as experts_gate_up                                                       ``[experts, 2 size, hidden]``
+stacked_down    as experts_down                                                          ``[experts, hidden, size]``
+swapped_gate_up its columns as rows; gate and up alternate, pairs stay together          ``[experts, hidden, 2 size]``
+swapped_down    its rows as columns                                                      ``[experts, size, hidden]``
+pairs_bias      its elements; gate and up alternate, pairs stay together                 ``[experts, 2 size]``
+bias_once       all on rank 0, zeros on the others, since the ranks' results are added   ``[experts, hidden]``
+=============== ======================================================================= =============================
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _stack(target: str, source: Source, dims: Dims, sizes: int) -> Blocks:
     if source.shape[0] != dims.experts:
         raise fail(
             target,
-            f"its source has the shape {list(source.shape)}, but config.json says that there are {dims.experts} experts",
+            f"its source has the shape {list(source.shape)}, but config.json says {dims.experts} experts",
         )
     return one
 

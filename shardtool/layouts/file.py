@@ -147,9 +147,7 @@ def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
 def of_manifest(made: Manifest, where: str) -> FileLayout:
     """The layout that a manifest recorded, for the sizes that its shards have."""
     record = made.layout
-    traced = Traced(
-        made.parallel, made.recipe, {d.name: d.reason for d in made.dropped}, made.copies, made.amendments
-    )
+    traced = Traced(made.parallel, made.recipe, {d.name: d.reason for d in made.dropped}, made.copies, made.amendments)
     return FileLayout(
         _text(record["engine"]), _text(record["engine_version"]), _text(record["class"]), made.dtype, made.inventory,
         (traced,), where,

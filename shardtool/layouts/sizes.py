@@ -7,8 +7,8 @@ from typing import Any
 
 from shardtool.errors import PlanError
 from shardtool.layouts.rules import Dims
-from shardtool.parallel import Parallel
 from shardtool.layouts.tables.language import Family, setting
+from shardtool.parallel import Parallel
 
 MOST = 1 << 20
 """Layers or experts that a model may have."""
@@ -65,7 +65,8 @@ SIZES: dict[str, tuple[str, Callable[[Dims], int]]] = {
     "experts": ("the number of experts", lambda dims: dims.experts),
     "moe": ("moe_intermediate_size", lambda dims: integer(dims.config, "moe_intermediate_size")),
     "one shared": (
-        "shared_expert_intermediate_size", lambda dims: integer(dims.config, "shared_expert_intermediate_size")
+        "shared_expert_intermediate_size",
+        lambda dims: integer(dims.config, "shared_expert_intermediate_size"),
     ),
     "all shared": (
         "moe_intermediate_size times n_shared_experts",
@@ -139,6 +140,11 @@ LAYERS: dict[str, Callable[[Mapping[str, Any]], Iterable[int]]] = {
     "vision": lambda config: range(integer(config, "vision_config.depth", MOST)),
 }
 """What ``Row.layers`` may name: the numbers that ``{i}`` takes."""
+
+
+def layers(word: str, config: Mapping[str, Any]) -> Iterable[int]:
+    """The numbers of a word of ``LAYERS``, or those that it lists itself: ``0,2,5``."""
+    return [int(number) for number in word.split(",")] if word[:1].isdigit() else LAYERS[word](config)
 
 
 def _an_expert_each(dims: Dims, parallel: Parallel) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from shardtool.dtypes import DType, castable
 from shardtool.errors import FormatError, PlanError, TensorMismatch, UnsupportedModel, UnsupportedTransform
-from shardtool.layouts import sizes
+from shardtool.layouts import quantized, sizes
 from shardtool.layouts.base import Model, Outline, Parallel
 from shardtool.layouts.rules import Dims, Source
 from shardtool.layouts.tables import ENGINE, ENGINE_VERSION, find
@@ -28,6 +28,7 @@ class VllmLayout:
 
     family: Family
     engine_version: str = ENGINE_VERSION
+    moe_backend: str | None = None
 
     @property
     def engine(self) -> str:
@@ -51,17 +52,21 @@ class VllmLayout:
             "engine_version": self.engine_version,
             "kind": "builtin",
             "table": self.family.record(),
+            **({"moe_backend": self.moe_backend} if self.moe_backend else {}),
         }
 
     def outline(self, model: Model, parallel: Parallel) -> Outline:
         """The recipe of every rank. Raises ``PlanError`` for what the engine would refuse or leave uninitialised."""
         config = self._config(model.config, parallel)
         copies: dict[str, str] = {}
+        ignored: dict[str, str] = {}
         amendments: dict[str, Any] = {}
         head, embed = (_spelled(self.family, model, name) for name in self.family.tied)
         if head and config.get(TIE) and head in model.tensors and embed in model.tensors:
             if model.equal(head, embed):
                 copies[head] = embed
+            elif not self.family.unties:
+                ignored[head] = "a head that the engine does not look at, because config.json says that it is tied"
             else:  # engines that load shards do not look for an own head: config.json has to say it
                 config[TIE] = amendments[TIE] = False
                 nested = model.config.get(self.family.inside)
@@ -70,10 +75,14 @@ class VllmLayout:
         dims = sizes.dims(self.family, config, expert_parallel=parallel.ep)
         for limit in self.family.limits:
             sizes.LIMITS[limit](dims, parallel)
-        work = _Work(self.family, model, dims, parallel, _Places(config, parallel), set(copies))
-        rules = [rule for row in self.family.rows if holds(row.when, config) for rule in work.rules(row)]
+        family = self.family
+        if scheme := quantized.find(config):
+            found = quantized.applied(family, scheme, model.tensors, dims, parallel)
+            family, amendments = found.family, {**amendments, **found.amendments}
+        work = _Work(family, model, dims, parallel, _Places(config, parallel), {*copies, *ignored})
+        rules = [rule for row in family.rows if holds(row.when, config) for rule in work.rules(row)]
         rules.sort(key=lambda rule: rule.name)
-        return Outline(Recipe(tuple(rules)), work.dropped(), copies, amendments)
+        return Outline(Recipe(tuple(rules)), ignored | work.dropped(), copies, amendments)
 
     def _config(self, said: Mapping[str, Any], parallel: Parallel) -> dict[str, Any]:
         """config.json as the table reads it, refused where the table does not know what it asks for."""
@@ -85,7 +94,9 @@ class VllmLayout:
                 )
         if parallel.pp > 1 and not self.family.pipeline:
             raise UnsupportedModel(f"the table of {self.family.name} knows no pipeline stages; leave --pp out")
-        return config
+        if scheme := quantized.find(config):
+            quantized.refuse(self.family, scheme[1], self.engine_version)
+        return {**config, "moe_backend": self.moe_backend} if self.moe_backend else config
 
     def infer(self, config: Mapping[str, Any], held: Mapping[str, Logical], parallel: Parallel) -> dict[str, Logical]:
         """The source tensors of shards that an engine saved, from what one rank of each stage holds."""
@@ -94,9 +105,12 @@ class VllmLayout:
         if full.get(TIE) and parallel.pp == 1 and any(name in held for name in self._embeddings()):
             full[TIE] = False  # both are held: the head is its own
         places = _Places(full, parallel)
+        family = self.family
+        if scheme := quantized.find(full):
+            family = quantized.applied(family, scheme, held, dims, parallel, targets=True).family
         sources: dict[str, Logical] = {}
         expected: set[str] = set()
-        for row in self.family.rows:
+        for row in family.rows:
             if not holds(row.when, full):
                 continue
             for i, stages in places.of(row):
@@ -154,7 +168,7 @@ class _Places:
         if SLOT not in row.to:
             yield None, named
             return
-        for i in sizes.LAYERS[row.layers](self.config):
+        for i in sizes.layers(row.layers, self.config):
             yield i, named if row.stage else (self._stages.get(i, 0),)
 
 
@@ -290,14 +304,17 @@ def _staged(shares: tuple[Share, ...], stages: tuple[int, ...], tp: int) -> tupl
     )
 
 
-def for_config(config: Mapping[str, Any], engine_version: str = ENGINE_VERSION) -> VllmLayout:
-    """The layout of a model. Raises ``UnsupportedModel`` for architectures without a table and for quantized models."""
-    nested = config.get("text_config")
-    for place in (config, nested if isinstance(nested, dict) else {}):
-        for key in ("quantization_config", "compression_config"):
-            if place.get(key):
-                raise UnsupportedModel(f"config.json has a {key}: quantized checkpoints are not supported yet")
-    return VllmLayout(find(config, engine_version), engine_version)
+def for_config(
+    config: Mapping[str, Any], engine_version: str = ENGINE_VERSION, moe_backend: str | None = None
+) -> VllmLayout:
+    """The layout of a model. ``moe_backend``: the engine's kernel for experts, where shapes depend on it.
+
+    Raises ``UnsupportedModel`` for architectures without a table and for schemes of quantization that none knows.
+    """
+    family = find(config, engine_version)
+    if scheme := quantized.find(config):
+        quantized.refuse(family, scheme[1], engine_version)
+    return VllmLayout(family, engine_version, moe_backend)
 
 
 def from_manifest(record: Mapping[str, Any], where: str) -> VllmLayout:
@@ -308,7 +325,7 @@ def from_manifest(record: Mapping[str, Any], where: str) -> VllmLayout:
             f"of shardtool knows"
         )
     family = from_record(record.get("table"), where)
-    said = [("limit", limit, sizes.LIMITS) for limit in family.limits]
+    said: list[tuple[str, str, Mapping[str, object]]] = [("limit", limit, sizes.LIMITS) for limit in family.limits]
     said += [("layers", skipped[0], sizes.LAYERS) for skipped in family.skips]
     for row in family.rows:
         said += [("size", row.size, sizes.SIZES), ("layers", row.layers, sizes.LAYERS)]
@@ -317,7 +334,8 @@ def from_manifest(record: Mapping[str, Any], where: str) -> VllmLayout:
             raise FormatError(
                 f"{where}: the layout names the {what} {word!r}, which this version of shardtool does not know"
             )
-    return VllmLayout(family, str(record.get("engine_version")))
+    backend = record.get("moe_backend")
+    return VllmLayout(family, str(record.get("engine_version")), backend if isinstance(backend, str) else None)
 
 
 def _check_size(target: str, row: Row, sources: Iterable[Source], dims: Dims) -> None:

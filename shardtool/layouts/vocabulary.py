@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from shardtool.layouts import experts, latent, rules
+from shardtool.layouts import experts, latent, packed, rules
 
-RULES: dict[str, rules.Rule] = {**rules.RULES, **experts.RULES, **latent.RULES}
+RULES: dict[str, rules.Rule] = {**rules.RULES, **experts.RULES, **latent.RULES, **packed.RULES}

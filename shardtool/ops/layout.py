@@ -193,7 +193,7 @@ def target_dtype(source: Source, wanted: str, layout: Layout) -> DType:
         return source.origin.dtype
     if len(layout.dtypes) == 1:
         return DType[layout.dtypes[0]]
-    said = _said(source.config)
+    said = sources.said_dtype(source.config)
     if said is None or from_name(said) is DType.F32:
         what = "says float32" if said else "does not say a dtype"
         raise UsageError(
@@ -206,13 +206,3 @@ def target_dtype(source: Source, wanted: str, layout: Layout) -> DType:
             f"config.json says dtype {said}, in which engines do not run: say --dtype bfloat16 or --dtype float16"
         )
     return dtype_in(layout, dtype)
-
-
-def _said(config: Mapping[str, Any]) -> str | None:
-    """The dtype of a config, which models of several parts say in the part that is the text model."""
-    nested = config.get("text_config")
-    for place in (config, nested if isinstance(nested, dict) else {}):
-        for key in ("dtype", "torch_dtype"):
-            if isinstance(place.get(key), str):
-                return str(place[key])
-    return None

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from shardtool import __version__, digest
@@ -24,7 +26,8 @@ from shardtool.checkpoint import (
     stored_of,
     with_headers,
 )
-from shardtool.errors import Incomplete, PlanError, UnsupportedModel
+from shardtool.dtypes import FLOATS, DType, from_name
+from shardtool.errors import Incomplete, PlanError
 from shardtool.layouts import vllm
 from shardtool.layouts.base import Model, Parallel
 from shardtool.manifest import Manifest, SideFile
@@ -148,12 +151,7 @@ def infer(checkpoint: Checkpoint) -> Manifest:
     config = parse_config(text, checkpoint.store.locate(CONFIG))
     layout = vllm.for_config(config)
     held = {name: Logical(entry.dtype, entry.shape) for name, (_, entry) in checkpoint.entries(0).items()}
-    kinds = {tensor.dtype for tensor in held.values() if tensor.shape}
-    if len(kinds) != 1:
-        raise UnsupportedModel(
-            f"{checkpoint.uri} holds tensors of {', '.join(sorted(k.name for k in kinds))}; expected one dtype"
-        )
-    (dtype,) = kinds
+    dtype = _dtype_of(held, config)
     parallel = Parallel(len(ranks))
     inventory = dict(sorted(layout.infer(config, held, parallel).items()))
     outline = layout.outline(Model(config, inventory, dtype), parallel)
@@ -173,6 +171,28 @@ def infer(checkpoint: Checkpoint) -> Manifest:
         recipe=outline.recipe,
         side_files=(),
     )
+
+
+def _dtype_of(held: Mapping[str, Logical], config: Mapping[str, Any]) -> DType:
+    """The dtype in which an engine held a model: what config.json says, or else that of most elements."""
+    said = said_dtype(config)
+    if said is not None:
+        return from_name(said)
+    elements: Counter[DType] = Counter()
+    for tensor in held.values():
+        elements[tensor.dtype] += prod(tensor.shape)
+    floats = [dtype for dtype, _ in elements.most_common() if dtype in FLOATS]
+    return floats[0] if floats else DType.BF16
+
+
+def said_dtype(config: Mapping[str, Any]) -> str | None:
+    """The dtype of a config, which models of several parts say in the part that is the text model."""
+    nested = config.get("text_config")
+    for place in (config, nested if isinstance(nested, dict) else {}):
+        for key in ("dtype", "torch_dtype"):
+            if isinstance(place.get(key), str):
+                return str(place[key])
+    return None
 
 
 def amended(text: str, amendments: Mapping[str, Any]) -> bytes:

@@ -28,7 +28,7 @@ from shardtool.recipe import Recipe, filled
 from shardtool.trace.aliases import kept
 from shardtool.trace.compile import Compiler
 from shardtool.trace.contents import Contents
-from shardtool.trace.tape import META, Literals, Log, Tape
+from shardtool.trace.tape import META, Literals, Log, Refused, Tape
 
 WEIGHTS = "model.safetensors"
 PROGRESS = "shardtool-progress "
@@ -48,11 +48,17 @@ def trace(engine: Any, sizes: Parallel, sources: Mapping[str, tuple[torch.dtype,
         with engine.rank(sizes, rank) as config:
             with META, tape, Literals(tape):
                 model = engine.construct(config)
+            built = set(model.state_dict())
             with tape:
                 engine.load(config, model, _weights(log, sources))
             tied = tied or engine.tied(config, model)
             amendments = engine.amendments(config, sources)
         targets, others = kept(log, model.state_dict())
+        if late := sorted(targets.keys() - built):
+            raise Refused(
+                f"the engine makes the tensor {late[0]!r} only while it loads a whole checkpoint; its loader of shards "
+                f"does not know it"
+            )
         aliases.update(others)
         compiler = Compiler(log)
         mosaics: list[tuple[str, Mosaic]] = []

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from shardtool.dtypes import castable
-from shardtool.errors import ShardtoolError, UnsupportedTransform
+from shardtool.errors import ShardtoolError
 from shardtool.plan import OPERATIONS, Mosaic, Piece, Program
 from shardtool.trace.contents import Contents, Data, Made, Part, Source, Uniform, Unknown, dtype_of
 from shardtool.trace.tape import DependsOnSource, Log, Ref, Refused, Write
@@ -128,14 +128,14 @@ class Compiler:
 def _operation(write: Write) -> tuple[str, Sequence[Any]]:
     """What plans call an operation, and its arguments by place."""
     name = write.op.removesuffix("_")
-    if name not in OPERATIONS or name in ("data", "to"):
+    if name not in OPERATIONS or name in ("data", "to", "view"):
         raise Refused(f"the engine computes it with the operation {write.op!r}, which layouts do not know")
     assert write.call is not None
     op, kwargs, _ = write.call
     said = {key: value for key, value in kwargs.items() if value is not None}
     args = list(write.args)
     for argument in op._schema.arguments[len(args) :]:
-        if argument.name not in said:
+        if argument.kwarg_only or argument.name not in said:
             break
         args.append(said.pop(argument.name))
     while args and args[-1] is None:
@@ -170,8 +170,6 @@ def _cast(part: Part, source: str | Program, wanted: torch.dtype) -> Piece:
     mosaic = Mosaic(dtype_of(part.dtype), shape, (Piece(whole, part.src, source),))
     program: Program | None = None
     for what, dtype in part.steps:
-        if what == "view" and "view" not in OPERATIONS:
-            raise UnsupportedTransform(f"the engine takes the bits of {mosaic.dtype.name} for {dtype_of(dtype).name}")
         program = Program(what, (mosaic,), dtype_of(dtype), shape)
         mosaic = Mosaic(program.dtype, shape, (Piece(whole, whole, program),))
     assert program is not None

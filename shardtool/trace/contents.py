@@ -105,7 +105,12 @@ class Contents:
     def _read(self, storage: int, k: Window, v: Window, dtype: torch.dtype, time: int) -> Iterator[Part]:
         """The parts of ``v`` that the addresses ``k`` of a storage fill."""
         if storage in self._log.sources and storage not in self._log.writes:
-            yield Part(v, k, Source(self._log.sources[storage]), dtype)
+            name, native = self._log.sources[storage]
+            part = Part(v, k, Source(name), native)
+            if native != dtype:
+                _check_size(native, dtype.itemsize)
+                part = part._replace(steps=_then(part, ("view", dtype)))
+            yield part
             return
         lo, hi = k.bounds
         for held in self._held(storage, dtype.itemsize, time):
@@ -136,10 +141,7 @@ class Contents:
         newest: list[_Held] = []
         base: _Held | None = None
         for write in reversed(writes):
-            if write.out.dtype.itemsize != itemsize:
-                raise Refused(
-                    f"the engine looks at {write.out.dtype} as elements of {itemsize} bytes, which layouts cannot say"
-                )
+            _check_size(write.out.dtype, itemsize)
             held = list(self._holds(write))
             if len(held) == 1 and held[0].at.contiguous and held[0].at.size == size:
                 base = held[0]
@@ -149,9 +151,13 @@ class Contents:
         if sum(held.at.size for held in overlay) == size:
             return overlay
         if base is None:
-            dtype = writes[-1].out.dtype if writes else torch.uint8
-            name = self._log.sources.get(storage)
-            base = _Held(everything, everything, Unknown() if name is None else Source(name), dtype, dtype)
+            leaf: Leaf = Unknown()
+            dtype = torch.uint8
+            if storage in self._log.sources:
+                name, dtype = self._log.sources[storage]
+                leaf = Source(name)
+                _check_size(dtype, itemsize)
+            base = _Held(everything, everything, leaf, dtype, dtype)
         return overlay + _uncovered(base, overlay)
 
     def _holds(self, write: Write) -> Iterator[_Held]:
@@ -253,6 +259,11 @@ def dtype_of(dtype: torch.dtype) -> DType:
         return from_name(str(dtype))
     except UsageError:
         raise Refused(f"the engine has a tensor of {dtype}, which safetensors files cannot hold") from None
+
+
+def _check_size(dtype: torch.dtype, itemsize: int) -> None:
+    if dtype.itemsize != itemsize:
+        raise Refused(f"the engine looks at {dtype} as elements of {itemsize} bytes, which layouts cannot say")
 
 
 def _then(part: Part, *further: Step) -> tuple[Step, ...]:

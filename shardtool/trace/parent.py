@@ -24,7 +24,6 @@ from tempfile import TemporaryDirectory
 from threading import Timer
 from typing import Any
 
-import shardtool
 from shardtool import errors, header, recipe_json
 from shardtool.dtypes import DType
 from shardtool.errors import UnsupportedModel, UsageError
@@ -194,7 +193,7 @@ def _path(scratch: Path) -> Path:
     """A folder with this package alone, for a Python whose other packages must stay its own."""
     folder = scratch / "path"
     folder.mkdir()
-    package = Path(shardtool.__file__).parent
+    package = Path(__file__).resolve().parents[1]
     try:
         (folder / "shardtool").symlink_to(package, target_is_directory=True)
     except OSError:

@@ -67,7 +67,7 @@ class Log:
     def __init__(self) -> None:
         self.time = 0
         self.writes: dict[int, list[Write]] = {}
-        self.sources: dict[int, str] = {}
+        self.sources: dict[int, tuple[str, torch.dtype]] = {}
         self.sizes: dict[int, int] = {}  # bytes of each storage
         self._alive: dict[int, torch.UntypedStorage] = {}  # a storage that is freed could lend its address to another
 
@@ -90,7 +90,7 @@ class Log:
 
     def source(self, name: str, tensor: torch.Tensor) -> None:
         """Declare a fresh contiguous meta tensor to be the source tensor ``name``."""
-        self.sources[self.ref(tensor).storage] = name
+        self.sources[self.ref(tensor).storage] = name, tensor.dtype
 
     def write(
         self,

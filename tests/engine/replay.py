@@ -82,7 +82,9 @@ def sources(folder: Path) -> Get:
     return get
 
 
-def compare(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], loose: frozenset[str] = frozenset()) -> list[str]:
+def compare(
+    got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], loose: frozenset[str] = frozenset()
+) -> list[str]:
     """What differs between a rank as it was replayed and as the engine has it. ``loose``: names with memory that nothing fills."""
     found = [f"{name} is missing" for name in sorted(want.keys() - got.keys())]
     found += [f"{name} is too much" for name in sorted(got.keys() - want.keys())]
@@ -115,5 +117,3 @@ def stored(folder: Path, number: int) -> dict[str, torch.Tensor]:
         with safe_open(path, "pt") as file:
             found.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     return found
-
-

@@ -10,7 +10,7 @@ For each architecture and variant and each size::
     merge     the shards to a checkpoint: every tensor that was not dropped is the source's
 
 Results go to ``results.json`` in the work folder as they come; ``--table`` writes them between the markers of a
-document. vLLM is started once for each size and once for tracing, not once for each model.
+document. vLLM is imported once for each rank of a size and once for all traces.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import shutil
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,65 +34,35 @@ from tests.engine.truth import ENVIRONMENT, Ranks, World
 LAYOUTS = ("traced", "builtin")
 
 
-class Tracer:
-    """A process in which vLLM is started once; each trace runs in it as it would in a process of its own.
+@contextlib.contextmanager
+def tracing_here() -> Iterator[None]:
+    """Let every trace run in a fork of one process that has imported vLLM, instead of one that starts from nothing."""
+    from shardtool.trace import parent
 
-    ``parent`` starts a process for each trace; within ``here`` it asks this one instead.
-    """
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["tests.engine.preload"])
 
-    def __init__(self) -> None:
-        self._process: Any = None
-        self._pipe: Any = None
+    def run(command: Sequence[str], *_: object) -> tuple[int, list[str]]:
+        process = forks.Process(target=_trace, args=tuple(command[-2:]), daemon=True)
+        process.start()
+        process.join()
+        return process.exitcode or 0, ["the process ended"]
 
-    @contextlib.contextmanager
-    def here(self) -> Iterator[None]:
-        """Let all traces run in this process of ours."""
-        from shardtool.trace import parent
-
-        before = parent._watched
-        parent._watched = lambda command, *_: self._ask(command[-2:])
-        try:
-            yield
-        finally:
-            parent._watched = before
-            self._stop()
-
-    def _ask(self, job: Sequence[str]) -> tuple[int, list[str]]:
-        if self._process is None:
-            self._pipe, theirs = multiprocessing.get_context("spawn").Pipe()
-            self._process = multiprocessing.get_context("spawn").Process(target=_trace, args=(theirs,), daemon=True)
-            self._process.start()
-            theirs.close()
-        self._pipe.send(list(job))
-        try:
-            self._pipe.recv()
-        except EOFError:
-            self._process.join()
-            code = self._process.exitcode
-            self._stop()
-            return code, ["the process ended"]
-        return 0, []
-
-    def _stop(self) -> None:
-        if self._process is not None:
-            self._pipe.close()
-            self._process.kill()
-            self._process.join()
-        self._process = self._pipe = None
+    before = parent._watched
+    parent._watched = run
+    try:
+        yield
+    finally:
+        parent._watched = before
 
 
-def _trace(pipe: Any) -> None:
-    """Be the tracer's process."""
-    os.environ.update(ENVIRONMENT)
+def _trace(job: str, out: str) -> None:
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
     from shardtool.trace import child
 
-    with contextlib.suppress(EOFError):
-        while True:
-            child.main(*pipe.recv())
-            pipe.send(True)
+    sys.exit(child.main(job, out))
 
 
 def one(model: Path, world: World, ranks: Ranks, workdir: Path) -> dict[str, Any]:
@@ -173,41 +143,67 @@ def _tensors(folder: Path) -> dict[str, tuple[Any, Any, bytes]]:
     }
 
 
-def passed(found: Mapping[str, Any], layout: str) -> bool:
-    """Whether shards of a layout equal vLLM's, verify against their source and merge to it."""
-    ours = found.get(layout, {"refused": "not tried"})
-    return not any(ours.get(key) for key in ("refused", "differences", "verify", "merge"))
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the zoo; the exit code says whether everything that vLLM loads came out equal."""
+    parser = argparse.ArgumentParser(prog="python -m tests.engine.run", description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", help="architectures; all of them if none is named")
+    parser.add_argument("--tp", type=int, nargs="+", default=[2, 4, 3, 6, 1], metavar="N")
+    parser.add_argument("--pp", type=int, default=1, help="pipeline stages")
+    parser.add_argument("--expert-parallel", action="store_true", help="whole experts on each rank")
+    parser.add_argument("--variants", default="ab", help="a: 6 kv heads; b: 2, and embeddings tied the other way")
+    parser.add_argument("--workdir", type=Path, default=Path("zoo"), help="models, truths and results.json go there")
+    parser.add_argument("--table", type=Path, help="document whose table is written anew from all results")
+    given = parser.parse_args(arguments)
+    _quieten()
+    from tests.engine import report
+    from tests.engine.zoo import TPS, animals
+
+    names = given.names or list(animals())
+    given.workdir.mkdir(parents=True, exist_ok=True)
+    kept = given.workdir / "results.json"
+    results: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else {}
+    with tracing_here():
+        for tp in given.tp:
+            world = World(tp, given.pp, given.expert_parallel)
+            with Ranks(world, given.workdir / "truth") as ranks:
+                for name in names:
+                    for variant in given.variants:
+                        if tp in TPS[variant]:
+                            found = _try(name, variant, world, ranks, given.workdir)
+                            results[f"{name} {variant} {world}"] = found
+                            print(report.line(name, variant, world, found), flush=True)
+                            kept.write_text(json.dumps(results, indent=1))
+    if given.table:
+        report.write(given.table, results)
+    print(report.summary(results))
+    return 0 if all(report.passed(found) for found in results.values()) else 1
 
 
-def table(results: Mapping[str, Mapping[str, Any]], engine: str) -> list[str]:
-    """Return the lines of the table: one for each architecture."""
-    lines = [
-        f"{engine}",
-        "",
-        "| architecture | kind | vLLM's class | built in | traced | tp | why not |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    from tests.engine.zoo import animals
+def _try(name: str, variant: str, world: World, ranks: Ranks, workdir: Path) -> dict[str, Any]:
+    from tests.engine.zoo import make
 
-    for name, animal in animals().items():
-        mine = {key: value for key, value in results.items() if key.split()[0] == name}
-        if not mine:
-            continue
-        loaded = {key: value for key, value in mine.items() if not value["error"]}
-        sizes = sorted({key.split()[2].removeprefix("tp") for key in loaded if passed(loaded[key], "traced")}, key=_size)
-        failed = sorted({key.split()[2].removeprefix("tp") for key in loaded if not passed(loaded[key], "traced")}, key=_size)
-        classes = {value["class"] for value in loaded.values()}
-        builtin = [passed(value, "builtin") for value in loaded.values() if "No table" not in str(value.get("builtin"))]
-        tabled = [value for value in loaded.values() if "refused" not in value.get("builtin", {"refused": ""})]
-        reasons = {_short(value["error"]) for value in mine.values() if value["error"]} if not loaded else set()
-        for key, value in loaded.items():
-            if not passed(value, "traced"):
-                reasons.add(_short(_why(value["traced"])))
-        del builtin
-        lines.append(
-            f"| {name} | {animal.kind} | {', '.join(sorted(classes)) or animal.engine_class} "
-            f"| {'yes' if tabled and all(passed(v, 'builtin') for v in tabled) else 'no'} "
-            f"| {'equal' if sizes and not failed else 'differs' if failed else 'vLLM does not load it'} "
-            f"| {', '.join(sizes)} | {'; '.join(sorted(reasons))} |"
-        )
-    return lines
+    try:
+        model = make(name, variant, workdir / "models")
+    except Exception as error:
+        text = " ".join(str(error).split())
+        return {"class": "", "error": f"transformers cannot make it: {type(error).__name__}: {text}"[:400]}
+    return one(model, world, ranks, workdir)
+
+
+def _quieten() -> None:
+    """Only our own lines are printed."""
+    os.environ.update(ENVIRONMENT)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    from tests.engine import stubs
+
+    stubs.install()
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,15 +2,15 @@
 
 ::
 
-    with Ranks(World(tp=2), workdir) as ranks:      # processes of their own, joined by gloo; start-up is slow, jobs are not
+    with Ranks(World(tp=2), workdir) as ranks:      # processes joined by gloo; slow to start, then quick
         truth = ranks.load(model)                   # Truth(folder, error): one file per rank, or vLLM's reason
 
 The state dict is what the engine's ``ShardedStateLoader.save_model`` writes, before ``process_weights_after_loading``
 changes it for a kernel: that is what its sharded loaders expect. Memory that vLLM leaves uninitialised is filled with
 NaN (or the largest integer) by torch, so that it can be told from loaded weights.
 
-A truth is kept in its folder, an error too, so that a second run is cheap. A rank that crashes or hangs ends the ranks of
-its world; the next job starts new ones.
+A truth is kept in its folder, an error too, so that a second run is cheap. A rank that crashes or hangs ends the ranks
+of its world; the next job starts new ones.
 """
 
 from __future__ import annotations
@@ -230,9 +230,12 @@ def _load(model: str, world: World, folder: str) -> str:
         raise _Saved
 
     config = engine_config(model, world)
-    with _instead(base_loader, "process_weights_after_loading", save), set_current_vllm_config(config):
-        with contextlib.suppress(_Saved):
-            get_model_loader(config.load_config).load_model(vllm_config=config, model_config=config.model_config)
+    with (
+        contextlib.suppress(_Saved),
+        _instead(base_loader, "process_weights_after_loading", save),
+        set_current_vllm_config(config),
+    ):
+        get_model_loader(config.load_config).load_model(vllm_config=config, model_config=config.model_config)
     return seen[0]
 
 

@@ -1,14 +1,15 @@
 """Tiny checkpoints of every architecture that both transformers and vLLM's registry hold.
 
-A configuration is the defaults of the architecture's own class with every size that the tables below name made small. The
-sizes are awkward where that shows mistakes (a vocabulary that the last rank holds no row of) and divide by 2, 3, 4 and 6
-where an engine asks for it. What this rule alone gets wrong is data: ``overrides.py``.
+A configuration is the defaults of the architecture's own class with every size that the tables below name made small.
+The sizes are awkward where that shows mistakes (a vocabulary that does not fill the last rank) and divide by 2, 3, 4
+and 6 where an engine asks for it. What this rule alone gets wrong is data: ``overrides.py``.
 
 Each architecture comes in two variants, because no number of key and value heads smaller than 12 suits all of
 tp 2, 3, 4 and 6:
 
 * ``a``: 6 kv heads, 330 words; tp 1, 2, 3 and 6.
-* ``b``: 2 kv heads (ranks share them at tp 4), 1003 words, a ``tie_word_embeddings`` that is not the default; tp 2 and 4.
+* ``b``: 2 kv heads (ranks share them at tp 4), 1003 words, embeddings tied if by default they are not, or the other
+  way round; tp 2 and 4.
 """
 
 from __future__ import annotations
@@ -74,7 +75,9 @@ TEXT: dict[str, int] = {
 
 # Sizes of vision and audio towers, and of what joins them to the language model.
 TOWER: dict[str, int] = {
-    **dict.fromkeys(("hidden_size", "embed_dim", "hidden_dim", "d_model", "vision_hidden_size", "encoder_hidden_size"), EYE),
+    **dict.fromkeys(
+        ("hidden_size", "embed_dim", "hidden_dim", "d_model", "vision_hidden_size", "encoder_hidden_size"), EYE
+    ),
     **dict.fromkeys(("num_hidden_layers", "depth", "num_layers", "encoder_layers", "decoder_layers"), LAYERS),
     **dict.fromkeys(("num_attention_heads", "num_heads", "num_key_value_heads", "encoder_attention_heads"), HEADS),
     **dict.fromkeys(("decoder_attention_heads", "conf_num_attention_heads"), HEADS),
@@ -94,8 +97,27 @@ TOWER: dict[str, int] = {
 
 # Keys that are set although their class leaves them at None.
 ALWAYS = ("num_key_value_heads", "num_kv_heads", "head_dim")
-BY_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "indexer_types", "layer_rope_theta", "no_rope_layers")
-TOWERS = ("vision", "audio", "encoder", "qformer", "projector", "vq_", "perceiver", "vit", "talker", "token2wav", "code2wav")
+BY_LAYER = (
+    "layer_types",
+    "mlp_layer_types",
+    "layers_block_type",
+    "indexer_types",
+    "layer_rope_theta",
+    "no_rope_layers",
+)
+TOWERS = (
+    "vision",
+    "audio",
+    "encoder",
+    "qformer",
+    "projector",
+    "vq_",
+    "perceiver",
+    "vit",
+    "talker",
+    "token2wav",
+    "code2wav",
+)
 # What makes a checkpoint one of sentence-transformers: vLLM then takes a language model for an embedding model.
 POOLING: dict[str, Any] = {
     "modules.json": [
@@ -225,7 +247,7 @@ def model_class(architecture: str) -> Any:
 def make(architecture: str, variant: str, folder: Path) -> Path:
     """Save a tiny checkpoint with random weights in bfloat16 and a tokenizer; what is already there is kept.
 
-    The folder is named by the architecture, the variant and a digest of the settings, so a changed rule makes a new one.
+    The folder is named by architecture, variant and a digest of the settings, so that a changed rule makes a new one.
     """
     wanted = settings(architecture, variant)
     words = json.dumps([wanted, NAMES.get(architecture), FILES.get(architecture)], sort_keys=True, default=str)

@@ -1,7 +1,7 @@
 """The decoders from GPT-2 to Qwen2.5-VL once more: their checkpoints, and what each rank of vLLM holds of them.
 
-``expected_rank`` follows the engine's own loading code line by line with numpy arrays (``gpt2.py`` transposes, falcon.py
-views, narrows and concatenates, ...) and its parallel layers; it knows no windows, recipes or tables.
+``expected_rank`` follows the engine's own loading code with numpy arrays (``gpt2.py`` transposes, ``falcon.py`` views,
+narrows and concatenates, ...) and its parallel layers; it knows no windows, recipes or tables.
 """
 
 from __future__ import annotations

@@ -23,15 +23,17 @@ F32 = re.compile(r"e_score_correction_bias$|_scale$")
 
 @dataclass(frozen=True)
 class Kind:
-    """A family. ``mlp``: where a layer's experts are; ``sparse``: whether a layer has some; ``ends``: whether only the
-    first and the last pipeline stage hold embeddings and head; ``tied``: whether the engine can tie them."""
+    """A family.
+
+    ``sparse``: whether a layer has experts; ``ends``: whether only the first and the last pipeline stage hold
+    embeddings and head; ``tied``: whether the engine can tie them; ``count``: where config.json says the experts.
+    """
 
     architecture: str
     config: dict[str, Any]
     layer: Callable[[Config, int], Shapes]
     load: Callable[[Config, Experts, str, bool], None]
     sparse: Callable[[Config, int], bool] = lambda _config, _i: True
-    mlp: str = "mlp."
     ends: bool = False
     tied: bool = True
     count: str = "num_experts"
@@ -188,7 +190,10 @@ def olmoe_load(c: Config, r: Experts, layer: str, _sparse: bool) -> None:
 def granite_layer(c: Config, i: int) -> Shapes:
     at, hidden, n = f"model.layers.{i}.block_sparse_moe.", c["hidden_size"], c["num_local_experts"]
     found = attention(f"model.layers.{i}.self_attn.", c, dim=2)
-    found |= {at + "router.layer.weight": (n, hidden), at + "input_linear.weight": (n, 2 * c["intermediate_size"], hidden)}
+    found |= {
+        at + "router.layer.weight": (n, hidden),
+        at + "input_linear.weight": (n, 2 * c["intermediate_size"], hidden),
+    }
     found[at + "output_linear.weight"] = (n, hidden, c["intermediate_size"])
     if c.get("attention_sinks"):
         found[f"model.layers.{i}.self_attn.sinks"] = (c["num_attention_heads"],)
@@ -358,7 +363,7 @@ LATENT = {
 QWEN = {"num_experts": 9, "moe_intermediate_size": 8, "decoder_sparse_step": 1, "num_hidden_layers": 3}
 KINDS = {
     "mixtral": Kind(
-        "MixtralForCausalLM", {"num_local_experts": 5}, mixtral_layer, mixtral_load, mlp="block_sparse_moe.",
+        "MixtralForCausalLM", {"num_local_experts": 5}, mixtral_layer, mixtral_load,
         count="num_local_experts",
     ),
     "qwen2_moe": Kind(
@@ -518,7 +523,10 @@ def halves(held: Tensors) -> Tensors:
 _GUD = ("gate_proj", "up_proj", "down_proj")
 _BOTH = ("gate_up_proj", "down_proj")
 _GRANITE = {"input_linear.weight": "experts.gate_up_proj", "output_linear.weight": "experts.down_proj"}
-_EACH = {"input_linear.weight": "experts.{e}.gate_up_proj.weight", "output_linear.weight": "experts.{e}.down_proj.weight"}
+_EACH = {
+    "input_linear.weight": "experts.{e}.gate_up_proj.weight",
+    "output_linear.weight": "experts.{e}.down_proj.weight",
+}
 _OSS = {".gate_up_proj": ".{e}.gate_up_proj", ".down_proj": ".{e}.down_proj"}
 _OSS |= {f"{old}_bias": f"{new}_bias" for old, new in _OSS.items()}
 _NATIVE = {".gate_up_proj": ".{e}.w13_weight", ".down_proj": ".{e}.w2_weight"}
@@ -549,5 +557,12 @@ SPELLINGS: dict[str, tuple[str, Callable[[Tensors], Tensors]]] = {
     "granitemoe per expert": ("granitemoe", lambda held: halves(apart(held, _EACH))),
     "gpt_oss per expert": ("gpt_oss", lambda held: apart(held, _OSS)),
     "gpt_oss per expert by the engine's names": ("gpt_oss", lambda held: apart(held, _NATIVE)),
+    "gpt_oss by the engine's names": (
+        "gpt_oss",
+        lambda held: {
+            name.replace("self_attn.", "attn.").replace("embed_tokens", "embedding"): raw
+            for name, raw in renamed(held, {old: new.replace("{e}.", "") for old, new in _NATIVE.items()}).items()
+        },
+    ),
 }
 """What the engine loads just as well."""

@@ -1,4 +1,4 @@
-"""The tables from GPT-2 to Qwen2.5-VL: what ``save`` writes is, byte for byte, what ``tests/layouts/classic.py`` says."""
+"""The tables from GPT-2 to Qwen2.5-VL: ``save`` writes, byte for byte, what ``tests/layouts/classic.py`` says."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from shardtool.mosaic import Logical
 from tests.builders import Files, Raw, Tensors, contents, model, places, put, random, rank_tensors, whole_tensors
 from tests.layouts import classic
 from tests.layouts.classic import KINDS, config, expected_rank, tensors
-
-HEADS = {"gpt_neox": "embed_out.weight"}
 
 
 def saved(made: dict[str, Any], held: Tensors, tp: int) -> tuple[Files, Files]:
@@ -192,7 +190,15 @@ def test_a_head_that_equals_the_embeddings_is_stored_once(family: str):
     check(family, made, 2, {**held, head: held[embed]}, held)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "falcon", "bloom", "opt", "gpt_neox", "starcoder2", "qwen2_5_vl"])
+def test_a_head_of_its_own_that_the_engine_does_not_look_for_is_dropped_and_given_back():
+    """It looks for ``lm_head``; GPT-NeoX calls it ``embed_out``."""
+    made = config("gpt_neox", tie_word_embeddings=True)
+    held = tensors("gpt_neox", made)
+    files = check("gpt_neox", made, 2, {**held, "embed_out.weight": random((150, 48), "BF16", 99)}, held)
+    assert json.loads(files["config.json"]) == made
+
+
+@pytest.mark.parametrize("family", ["gpt2", "falcon", "bloom", "opt", "starcoder2", "qwen2_5_vl"])
 def test_a_head_of_its_own_makes_config_json_say_so(family: str):
     made = config(family, tie_word_embeddings=True)
     held = tensors(family, made)

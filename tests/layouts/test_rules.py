@@ -109,6 +109,36 @@ def test_qkv_is_the_ranks_heads_and_the_kv_heads_that_they_attend_to(
     assert same(ranks("qkv", sources, tp, dims), wanted)
 
 
+@given(attentions(), st.sampled_from([(), (2,)]))
+def test_grouped_is_qkv_of_a_source_that_holds_each_kv_head_behind_its_query_heads(
+    sizes: tuple[Dims, int], rest: tuple[int, ...]
+):
+    dims, tp = sizes
+    held = numbered((dims.kv_heads, dims.heads // dims.kv_heads + 2, dims.head_dim, *rest))["s0"]
+    parts = {"q": held[:, :-2], "k": held[:, -2:-1], "v": held[:, -1:]}
+    apart = {name: part.reshape(-1, *rest) for name, part in parts.items()}
+    assert same(ranks("grouped", {"s": held.reshape(-1, *rest)}, tp, dims), ranks("qkv", apart, tp, dims))
+
+
+@given(TPS, SMALL, st.sampled_from([(), (3,)]))
+def test_vision_qkv_is_the_ranks_rows_of_each_third(tp: int, n: int, rest: tuple[int, ...]):
+    held = numbered((3 * n * tp, *rest))
+    dims = Dims(1, 1, 1, 1, config={"vision_config": {"num_heads": tp}})
+    thirds = (np.split(third, tp) for third in np.split(held["s0"], 3))
+    assert same(ranks("vision_qkv", held, tp, dims), [np.concatenate(parts) for parts in zip(*thirds, strict=True)])
+
+
+@given(attentions(), st.sampled_from(["column", "row", "qkv"]))
+def test_a_transposed_rule_is_the_rule_on_sources_whose_rows_and_columns_are_exchanged(
+    sizes: tuple[Dims, int], rule: str
+):
+    dims, tp = sizes
+    rows = (dims.heads + 2 * dims.kv_heads) * dims.head_dim if rule == "qkv" else 2 * tp
+    held = numbered((rows, 3 * tp))
+    flipped = {"s0": np.ascontiguousarray(held["s0"].T)}
+    assert same(ranks(rule + "_t", flipped, tp, dims), ranks(rule, held, tp, dims))
+
+
 @given(st.sampled_from([1, 2, 4, 8, 16, 32, 64]), st.integers(1, 200), SMALL)
 def test_vocab_is_the_ranks_rows_of_the_table_padded_with_zeros(tp: int, vocab: int, width: int):
     held = numbered((vocab, width))
@@ -141,6 +171,14 @@ def test_padding_is_declared_only_where_there_is_some():
         ("qkv", [(32, 2), (8, 2), (8, 2)], 3, "the number of heads 8 cannot be divided by --tp 3"),
         ("qkv", [(32, 2), (4, 2), (4, 2)], 2, "its sources have [32, 4, 4] rows, but 8 heads and 2 kv heads of 4"),
         ("qkv", [(32, 2)], 2, "its sources have [32] rows"),
+        ("column_t", [(2, 6)], 4, "its size 6 cannot be divided by --tp 4"),
+        ("column_t", [(6,)], 2, "the shape [6], not rows and columns"),
+        ("row_t", [(6, 2)], 4, "its input size 6 cannot be divided by --tp 4"),
+        ("qkv_t", [(2, 44)], 2, "its sources have [44] rows"),
+        ("grouped", [(48, 2)], 3, "the number of heads 8 cannot be divided by --tp 3"),
+        ("grouped", [(44, 2)], 2, "the shape [44, 2], but 2 groups of 4 heads, a key and a value of 4"),
+        ("grouped", [()], 1, "the shape [], but 2 groups of 4 heads"),
+        ("vision_qkv", [(48, 2)], 1, "vision_config.num_heads None, which is not a size"),
         ("vocab", [(100, 2)], 3, "the padded vocabulary 128 cannot be divided by --tp 3"),
         ("vocab", [(101, 2)], 2, "the shape [101, 2], but config.json says vocab_size 100"),
     ],
@@ -166,7 +204,21 @@ def test_kv_heads_must_divide_the_ranks_or_the_ranks_them(kv: int, tp: int, said
         shares("qkv", numbered((12, 2), (kv, 2), (kv, 2)), tp, dims)
 
 
+def test_a_vision_encoder_is_cut_by_whole_heads():
+    dims = Dims(1, 1, 1, 1, config={"vision_config": {"num_heads": 6}})
+    with pytest.raises(PlanError, match="the number of heads of the vision encoder 6 cannot be divided by --tp 4"):
+        shares("vision_qkv", numbered((24, 2)), 4, dims)
+
+
+DIMS_OF = {"vision_qkv": Dims(1, 1, 1, 1, config={"vision_config": {"num_heads": 16}})}
 CASES = [
+    ("column_t", [(3, 16)]),
+    ("row_t", [(16, 3)]),
+    ("qkv_t", [(3, 32), (3, 8), (3, 8)]),
+    ("qkv_t", [(3, 48)]),
+    ("grouped", [(48, 3)]),
+    ("grouped", [(48,)]),
+    ("vision_qkv", [(48, 3)]),
     ("copy", [(5, 3)]),
     ("scalar", []),
     ("column", [(16, 3)]),
@@ -184,8 +236,9 @@ CASES = [
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
 @pytest.mark.parametrize(("rule", "shapes"), CASES)
 def test_the_shapes_of_the_sources_can_be_told_from_a_ranks(rule: str, shapes: list[tuple[int, ...]], tp: int):
-    (first, *_) = shares(rule, numbered(*shapes), tp)
-    assert RULES[rule].unshard(first.shape, len(shapes), DIMS, tp) == tuple(shapes)
+    dims = DIMS_OF.get(rule, DIMS)
+    (first, *_) = shares(rule, numbered(*shapes), tp, dims)
+    assert RULES[rule].unshard(first.shape, len(shapes), dims, tp) == tuple(shapes)
 
 
 def test_every_rule_can_be_read_backwards():

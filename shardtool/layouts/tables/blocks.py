@@ -112,9 +112,9 @@ def across(module: str, bias: str | None, size: str = "", layers: str = "") -> l
     return rows
 
 
-def scales(at: str = LAYER + "self_attn.attn.") -> list[Row]:
+def scales(at: str = LAYER + "self_attn.attn.", since: str = SCALES_SINCE) -> list[Row]:
     """The scales of an attention layer, which are 1."""
-    return [Row("scalar", f"{at}_{x}_scale", dtype="F32", since=SCALES_SINCE) for x in ("k", "v", "q", "prob")]
+    return [Row("scalar", f"{at}_{x}_scale", dtype="F32", since=since) for x in ("k", "v", "q", "prob")]
 
 
 def decoder(
@@ -127,6 +127,7 @@ def decoder(
     mlp_bias: str | None = None,
     fused: bool = False,
     everywhere: bool = False,
+    scales_since: str = SCALES_SINCE,
 ) -> tuple[Row, ...]:
     """The rows of a Llama-like decoder."""
     rows = ends(head=head, everywhere=everywhere)
@@ -135,7 +136,7 @@ def decoder(
     rows += gated(bias=mlp_bias, fused=fused)
     if qk_norm is not None:
         rows += copies(*(f"{LAYER}self_attn.{x}_norm.weight" for x in "qk"), when=qk_norm)
-    return (*rows, *scales())
+    return (*rows, *scales(since=scales_since))
 
 
 def renamed(rows: Iterable[Row], old: str, new: str) -> list[Row]:

@@ -14,6 +14,7 @@ from shardtool.layouts.tables.blocks import (
     LAYER,
     NORMS,
     REFUSED,
+    SCALES_SINCE,
     across,
     attention,
     copies,
@@ -129,10 +130,15 @@ def _neox(rule: str, head: str, *, everywhere: bool) -> list[Row]:
 # OLMo 2, Starcoder 2, Cohere, StableLM, GLM 4
 
 
+def _scales(native: bool) -> str:
+    """Since when the engine keeps the scales; in its Transformers backend since later."""
+    return SCALES_SINCE if native else "0.31"
+
+
 def _olmo2(*, native: bool) -> tuple[Row, ...]:
     bias = None if native else "attention_bias"
     norms = ("post_attention_layernorm", "post_feedforward_layernorm")
-    return decoder(norms=norms, qk_norm="", qkv_bias=bias, o_bias=bias, everywhere=native)
+    return decoder(norms=norms, qk_norm="", qkv_bias=bias, o_bias=bias, everywhere=native, scales_since=_scales(native))
 
 
 def _starcoder2(*, native: bool) -> tuple[Row, ...]:
@@ -141,7 +147,7 @@ def _starcoder2(*, native: bool) -> tuple[Row, ...]:
     rows += _with_bias(*(LAYER + norm for norm in NORMS))
     rows += attention(qkv_bias=bias, o_bias=bias)
     rows += down(LAYER + "mlp.c_fc", bias, "intermediate") + across(LAYER + "mlp.c_proj", bias, "intermediate")
-    return (*rows, *scales())
+    return (*rows, *scales(since=_scales(native)))
 
 
 def _cohere() -> tuple[Row, ...]:
@@ -178,6 +184,7 @@ def _neox_family(rows: tuple[Row, ...], **more: Any) -> Family:
         sizes,
         head_dim_key="",
         tied=tied,
+        unties=False,  # the engine looks for heads that are called lm_head
         refused=REFUSED,
         drops={**DROPS, **masks},
         implied=_ALL_HEADS,

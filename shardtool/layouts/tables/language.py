@@ -15,6 +15,8 @@ from shardtool.errors import FormatError
 from shardtool.layouts.vocabulary import RULES
 
 TIE = "tie_word_embeddings"
+UNTIES_SINCE = "0.31"
+"""The first engine version that gives a tied model its own head where the checkpoint has one."""
 STAGES = ("", "every", "first", "last", "first|last", "first not last")
 """What ``Row.stage`` may say."""
 
@@ -48,15 +50,15 @@ class Row:
 class Family:
     """A table.
 
-    ``defaults``: what the engine assumes where config.json is silent. ``keys``: a size's name -> its key in
-    config.json where that has another one too. ``inside``: the key under which
-    config.json nests the sizes. ``implied``: (condition, key, value) that follow from others, in order; a value
-    ``@key`` is that key's. ``experts``: the keys that may say the number of experts. ``limits``: sizes of groups that the
-    engine refuses (``sizes.LIMITS``). ``skips``: (layers as ``Row.layers`` names them, the beginning of their source
-    names, why the engine skips them). ``prefixes``: (a checkpoint's,
-    the table's) beginnings of source names that mean the same. ``drops``: parts of names that the engine skips, and
-    why. ``refused``: conditions under which the model is one that the table does not know. ``pipeline``: whether the
-    rows know their pipeline stages.
+    ``defaults``: what the engine assumes where config.json is silent. ``keys``: a size's name -> its key in config.json
+    where that has another one too. ``inside``: the key under which config.json nests the sizes. ``implied``:
+    (condition, key, value) that follow from others, in order; a value ``@key`` is that key's. ``unties``: whether a
+    tied model whose checkpoint has a head of its own gets that one. ``experts``: the keys that may say the number of
+    experts. ``limits``: sizes of groups that the engine refuses (``sizes.LIMITS``). ``skips``: (layers as
+    ``Row.layers`` names them, the beginning of their source names, why the engine skips them). ``prefixes``: (a
+    checkpoint's, the table's) beginnings of source names that mean the same. ``drops``: parts of names that the engine
+    skips, and why. ``refused``: conditions under which the model is one that the table does not know. ``pipeline``:
+    whether the rows know their pipeline stages.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Family:
     defaults: Mapping[str, Any]
     head_dim_key: str = "head_dim"  # empty: always hidden_size / num_attention_heads
     tied: tuple[str, str] = ("lm_head.weight", "model.embed_tokens.weight")  # empty names: no own head
+    unties: bool = True
     dtypes: tuple[str, ...] = ("BF16", "F16", "F32")
     refused: tuple[str, ...] = ()
     drops: Mapping[str, str] = field(default_factory=dict)
@@ -82,7 +85,8 @@ class Family:
     def at(self, version: str) -> Family:
         """The table of one engine version: the rows that it has."""
         rows = tuple(replace(row, since="", until="") for row in self.rows if between(row.since, version, row.until))
-        return replace(self, rows=rows, since="", until="")
+        unties = self.unties and between(UNTIES_SINCE, version, "")
+        return replace(self, rows=rows, unties=unties, since="", until="")
 
     def record(self) -> dict[str, Any]:
         """The table as JSON values. Columns that came later are left out where they say nothing."""
@@ -124,6 +128,7 @@ _FIRST = frozenset(
         "defaults",
         "head_dim_key",
         "tied",
+        "unties",
         "dtypes",
         "refused",
         "drops",
@@ -238,8 +243,9 @@ def _check_kinds(family: Family) -> None:
     words = (*texts, *family.drops, *family.drops.values(), *family.keys, *family.keys.values())
     if not all(isinstance(text, str) for text in words):
         raise TypeError("a column holds something that is not a text")
-    if not isinstance(family.pipeline, bool):
-        raise TypeError("pipeline is neither true nor false")
+    flags: list[object] = [family.pipeline, family.unties]
+    if not all(isinstance(flag, bool) for flag in flags):
+        raise TypeError("a column that should be true or false is neither")
     if not family.architectures or not family.dtypes:
         raise ValueError("a column has too few entries")
     if not set(family.dtypes) <= set(DType.__members__):

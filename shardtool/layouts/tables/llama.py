@@ -82,7 +82,7 @@ FAMILIES: tuple[Family, ...] = (
         ("GraniteForCausalLM",),
         (
             *decoder(qkv_bias=_BIAS, o_bias=_BIAS, mlp_bias="mlp_bias"),
-            Row("column", LAYER + "self_attn.sinks", (LAYER + "self_attn.sinks",), _SINKS, "sinks"),
+            Row("column", LAYER + "self_attn.sinks", (LAYER + "self_attn.sinks",), _SINKS, "sinks", since="0.31"),
         ),
         defaults(32000, 4096, 11008, 32, 32),
         refused=REFUSED,

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from shardtool.layouts.tables.blocks import DROPS, LAYER, NORMS, REFUSED, copies, defaults, ends, gated, scales
+from shardtool.layouts.tables.blocks import DROPS, LAYER, NORMS, REFUSED, copies, defaults, gated, scales
 from shardtool.layouts.tables.language import Family, Row
-from shardtool.layouts.tables.moe import PREDICTING, experts, router, shared
+from shardtool.layouts.tables.moe import PREDICTING, experts, own_head, router, shared
 
 _ATTN, _INNER, _MLP = LAYER + "self_attn.", LAYER + "self_attn.mla_attn.", LAYER + "mlp."
 _SPARSE = "deepseek sparse"
@@ -39,7 +39,7 @@ def _attention() -> list[Row]:
 
 
 def _rows() -> tuple[Row, ...]:
-    rows = [replace(row, when="") for row in ends() if row.when != "tie_word_embeddings"]
+    rows = own_head()
     rows += copies(*(f"{LAYER}{norm}.weight" for norm in NORMS))
     dense = [replace(row, instead=()) for row in gated(layers="deepseek dense")]
     correction = router(
@@ -67,10 +67,24 @@ FAMILIES: tuple[Family, ...] = (
         ("DeepseekV2ForCausalLM",),
         _rows(),
         defaults(
-            102400, 4096, 11008, 32, 32, num_key_value_heads=32, n_routed_experts=64, n_shared_experts=2,
-            moe_intermediate_size=1407, first_k_dense_replace=0, moe_layer_freq=1, q_lora_rank=1536, kv_lora_rank=512,
-            qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, topk_method="greedy",
-        ),  # fmt: skip
+            102400,
+            4096,
+            11008,
+            32,
+            32,
+            num_key_value_heads=32,
+            n_routed_experts=64,
+            n_shared_experts=2,
+            moe_intermediate_size=1407,
+            first_k_dense_replace=0,
+            moe_layer_freq=1,
+            q_lora_rank=1536,
+            kv_lora_rank=512,
+            qk_nope_head_dim=128,
+            qk_rope_head_dim=64,
+            v_head_dim=128,
+            topk_method="greedy",
+        ),
         tied=("", ""),
         keys={"n_routed_experts": "num_experts"},
         experts=("n_routed_experts",),
@@ -83,10 +97,24 @@ FAMILIES: tuple[Family, ...] = (
         ("DeepseekV3ForCausalLM",),
         _rows(),
         defaults(
-            129280, 7168, 18432, 61, 128, num_key_value_heads=128, n_routed_experts=256, n_shared_experts=1,
-            moe_intermediate_size=2048, first_k_dense_replace=3, moe_layer_freq=1, q_lora_rank=1536, kv_lora_rank=512,
-            qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, num_nextn_predict_layers=1,
-        ),  # fmt: skip
+            129280,
+            7168,
+            18432,
+            61,
+            128,
+            num_key_value_heads=128,
+            n_routed_experts=256,
+            n_shared_experts=1,
+            moe_intermediate_size=2048,
+            first_k_dense_replace=3,
+            moe_layer_freq=1,
+            q_lora_rank=1536,
+            kv_lora_rank=512,
+            qk_nope_head_dim=128,
+            qk_rope_head_dim=64,
+            v_head_dim=128,
+            num_nextn_predict_layers=1,
+        ),
         tied=("", ""),
         keys={"n_routed_experts": "num_local_experts", "num_nextn_predict_layers": "num_mtp_layers"},
         experts=("n_routed_experts",),

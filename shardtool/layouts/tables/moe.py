@@ -38,7 +38,7 @@ def experts(
     size: str = "moe",
     layers: str = "",
 ) -> list[Row]:
-    """The stacked experts, from a checkpoint's tensors per expert. ``both``: its name for gate and up in one, if any."""
+    """The stacked experts, from tensors per expert. ``both``: a checkpoint's name for gate and up in one, if any."""
     gate, up, down = (f"{at}experts.{{e}}.{name}.weight" for name in names)
     fused = (f"{at}experts.{{e}}.{both}.weight",) if both else ()
     held = f"{at}experts.routed_experts."
@@ -54,11 +54,12 @@ def stacked(at: str, both: str = "gate_up_proj", down: str = "down_proj") -> Spe
 
 
 def shared(at: str, name: str, size: str, *, fused: bool = True, when: str = "", layers: str = "") -> list[Row]:
-    """The experts that every token goes to, under the name that the engine keeps of several. ``name``: the checkpoint's.
+    """The experts that every token goes to, under the name that the engine keeps of several.
 
-    ``fused``: whether checkpoints may hold gate and up in one.
+    ``name``: the checkpoint's. ``fused``: whether checkpoints may hold gate and up in one.
     """
-    rows = renamed(gated(f"{at}{name}.", size=size, layers=layers), f"{at}{name}.", f"{at}experts._shared_experts._layer.")
+    old, new = f"{at}{name}.", f"{at}experts._shared_experts._layer."
+    rows = renamed(gated(old, size=size, layers=layers), old, new)
     return [replace(row, when=when, instead=row.instead if fused else ()) for row in rows]
 
 
@@ -67,13 +68,13 @@ def router(to: str, of: str, *, layers: str = "", dtype: str = "") -> Row:
     return Row("copy", to, (of,), "", "experts", layers=layers, dtype=dtype)
 
 
-def _frame(
-    *, everywhere: bool = True, qkv_bias: str | None = None, qk_norm: str | None = None, own_head: bool = False
-) -> list[Row]:
-    """All but the experts and what stands in their place. ``own_head``: the engine never ties it."""
-    rows = ends(everywhere=everywhere)
-    if own_head:
-        rows = [replace(row, when="") for row in rows if row.when != "tie_word_embeddings"]
+def own_head(*, everywhere: bool = False) -> list[Row]:
+    """Embeddings, last norm and head of a class that never ties them, whatever config.json says."""
+    return [replace(row, when="") for row in ends(everywhere=everywhere) if row.when != "tie_word_embeddings"]
+
+
+def _frame(rows: list[Row], *, qkv_bias: str | None = None, qk_norm: str | None = None) -> list[Row]:
+    """All but the experts and what stands in their place. ``rows``: embeddings, last norm and head."""
     rows += copies(*(f"{LAYER}{norm}.weight" for norm in NORMS))
     rows += attention(qkv_bias=qkv_bias)
     if qk_norm is not None:
@@ -82,15 +83,31 @@ def _frame(
 
 
 _MLP, _SPARSE, _OSS = LAYER + "mlp.", LAYER + "block_sparse_moe.", LAYER + "mlp.experts."
-_QWEN_DROPS = DROPS
-_SINKS = Row("column", LAYER + "self_attn.sinks", (LAYER + "self_attn.sinks",), "attention_sinks else layer_types", "sinks")
+
+
+def _qwen(gate: str) -> tuple[Row, ...]:
+    """The layers of Qwen's mixtures, some of which are dense. ``gate``: the engine's name for the router."""
+    some = "shared_expert_intermediate_size"
+    inner = f"{_MLP}experts._shared_experts._layer.expert_gate.weight"
+    return (
+        *gated(layers="qwen dense"),
+        router(gate, f"{_MLP}gate.weight", layers="qwen sparse"),
+        *experts(_MLP, layers="qwen sparse"),
+        *shared(_MLP, "shared_expert", "one shared", when=some, layers="qwen sparse"),
+        Row("copy", inner, (f"{_MLP}shared_expert_gate.weight",), some, layers="qwen sparse"),
+    )
+
+
+_SINKS = Row(
+    "column", LAYER + "self_attn.sinks", (LAYER + "self_attn.sinks",), "attention_sinks else layer_types", "sinks"
+)
 
 
 def _granite(*more: Row) -> tuple[Row, ...]:
     held = f"{_SPARSE}experts.routed_experts."
     gate, up = (f"{_SPARSE}experts.{{e}}.{x}_proj.weight" for x in ("gate", "up"))
     return (
-        *_frame(),
+        *_frame(ends(everywhere=True)),
         _SINKS,
         router(f"{_SPARSE}gate.weight", f"{_SPARSE}router.layer.weight"),
         Row("stacked_gate_up", f"{held}w13_weight", (f"{_SPARSE}input_linear.weight",), "", "intermediate", (gate, up)),
@@ -111,8 +128,7 @@ _GRANITE_SPELLINGS: Spellings = (
 
 def _gpt_oss() -> tuple[Row, ...]:
     at, to = LAYER + "self_attn.", LAYER + "attn."
-    rows = ends(everywhere=True)
-    rows = [replace(row, when="") for row in rows if row.when != "tie_word_embeddings"]
+    rows = own_head(everywhere=True)
     rows += copies(*(f"{LAYER}{norm}.weight" for norm in NORMS))
     rows += [*attention(at, qkv_bias="", o_bias=""), *scales(to + "attn.")]
     rows.append(Row("column", at + "sinks", (at + "sinks",), "", "sinks"))
@@ -128,18 +144,19 @@ def _gpt_oss() -> tuple[Row, ...]:
     )
 
 
-_OSS_SPELLINGS: Spellings = tuple(
-    (f"{_OSS}{each}{new}", f"{_OSS}{old}")
-    for new, old in (
-        ("w13_weight", "gate_up_proj"),
-        ("w13_bias", "gate_up_proj_bias"),
-        ("w2_weight", "down_proj"),
-        ("w2_bias", "down_proj_bias"),
-    )
-    for each in ("{e}.",)
-) + tuple(
-    (f"{_OSS}{{e}}.{name}", f"{_OSS}{name}")
-    for name in ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+_OSS_SPELLINGS: Spellings = (
+    ("model.embedding.", "model.embed_tokens."),
+    (LAYER + "attn.", LAYER + "self_attn."),
+    *(
+        (_OSS + spelling, _OSS + name)
+        for name, engine in (
+            ("gate_up_proj", "w13_weight"),
+            ("gate_up_proj_bias", "w13_bias"),
+            ("down_proj", "w2_weight"),
+            ("down_proj_bias", "w2_bias"),
+        )
+        for spelling in (engine, f"{{e}}.{name}", f"{{e}}.{engine}")
+    ),
 )
 
 FAMILIES: tuple[Family, ...] = (
@@ -147,7 +164,7 @@ FAMILIES: tuple[Family, ...] = (
         "mixtral",
         ("MixtralForCausalLM",),
         (
-            *_frame(),
+            *_frame(ends(everywhere=True)),
             router(f"{_SPARSE}gate.weight", f"{_SPARSE}gate.weight"),
             *experts(_SPARSE, names=("w1", "w3", "w2"), both="w13", size="intermediate"),
         ),
@@ -169,26 +186,24 @@ FAMILIES: tuple[Family, ...] = (
         "qwen2_moe",
         ("Qwen2MoeForCausalLM",),
         (
-            *_frame(qkv_bias=""),
-            *gated(layers="qwen dense"),
-            router(f"{_MLP}gate.weight", f"{_MLP}gate.weight", layers="qwen sparse"),
-            *experts(_MLP, layers="qwen sparse"),
-            *shared(_MLP, "shared_expert", "one shared", when="shared_expert_intermediate_size", layers="qwen sparse"),
-            Row(
-                "copy",
-                f"{_MLP}experts._shared_experts._layer.expert_gate.weight",
-                (f"{_MLP}shared_expert_gate.weight",),
-                "shared_expert_intermediate_size",
-                layers="qwen sparse",
-            ),
+            *_frame(ends(everywhere=True), qkv_bias=""),
+            *_qwen(f"{_MLP}gate.weight"),
             *copies(
                 f"{_MLP}shared_expert_gate.weight", when="not shared_expert_intermediate_size", layers="qwen sparse"
             ),
         ),
         defaults(
-            151936, 2048, 5632, 24, 16, num_key_value_heads=16, num_experts=60, moe_intermediate_size=1408,
-            shared_expert_intermediate_size=5632, decoder_sparse_step=1,
-        ),  # fmt: skip
+            151936,
+            2048,
+            5632,
+            24,
+            16,
+            num_key_value_heads=16,
+            num_experts=60,
+            moe_intermediate_size=1408,
+            shared_expert_intermediate_size=5632,
+            decoder_sparse_step=1,
+        ),
         head_dim_key="",
         keys={"num_experts": "num_local_experts"},
         experts=("num_experts",),
@@ -201,23 +216,20 @@ FAMILIES: tuple[Family, ...] = (
         "qwen3_moe",
         ("Qwen3MoeForCausalLM",),
         (
-            *_frame(qkv_bias="attention_bias", qk_norm=""),
-            *gated(layers="qwen dense"),
-            router(f"{_MLP}experts.gate.weight", f"{_MLP}gate.weight", layers="qwen sparse"),
-            *experts(_MLP, layers="qwen sparse"),
-            *shared(_MLP, "shared_expert", "one shared", when="shared_expert_intermediate_size", layers="qwen sparse"),
-            Row(
-                "copy",
-                f"{_MLP}experts._shared_experts._layer.expert_gate.weight",
-                (f"{_MLP}shared_expert_gate.weight",),
-                "shared_expert_intermediate_size",
-                layers="qwen sparse",
-            ),
+            *_frame(ends(everywhere=True), qkv_bias="attention_bias", qk_norm=""),
+            *_qwen(f"{_MLP}experts.gate.weight"),
         ),
         defaults(
-            151936, 2048, 6144, 24, 32, num_key_value_heads=4, num_experts=128, moe_intermediate_size=768,
+            151936,
+            2048,
+            6144,
+            24,
+            32,
+            num_key_value_heads=4,
+            num_experts=128,
+            moe_intermediate_size=768,
             decoder_sparse_step=1,
-        ),  # fmt: skip
+        ),
         keys={"num_experts": "num_local_experts"},
         experts=("num_experts",),
         limits=("an expert each", "qwen experts in every stage"),
@@ -229,7 +241,7 @@ FAMILIES: tuple[Family, ...] = (
         "olmoe",
         ("OlmoeForCausalLM",),
         (
-            *_frame(qk_norm="", own_head=True),
+            *_frame(own_head(everywhere=True), qk_norm=""),
             router(f"{_MLP}gate.weight", f"{_MLP}gate.weight"),
             *experts(_MLP, size="intermediate"),
         ),
@@ -285,7 +297,7 @@ FAMILIES: tuple[Family, ...] = (
         "glm4_moe",
         ("Glm4MoeForCausalLM",),
         (
-            *_frame(everywhere=False, qkv_bias="attention_bias", qk_norm="use_qk_norm", own_head=True),
+            *_frame(own_head(), qkv_bias="attention_bias", qk_norm="use_qk_norm"),
             *gated(layers="early"),
             router(f"{_MLP}gate.weight", f"{_MLP}gate.weight", layers="late", dtype="F32"),
             router(
@@ -298,9 +310,18 @@ FAMILIES: tuple[Family, ...] = (
             *shared(_MLP, "shared_experts", "all shared", when="n_shared_experts", layers="late"),
         ),
         defaults(
-            151552, 4096, 10944, 46, 96, num_key_value_heads=8, n_routed_experts=128, n_shared_experts=1,
-            moe_intermediate_size=1408, first_k_dense_replace=1, num_nextn_predict_layers=1,
-        ),  # fmt: skip
+            151552,
+            4096,
+            10944,
+            46,
+            96,
+            num_key_value_heads=8,
+            n_routed_experts=128,
+            n_shared_experts=1,
+            moe_intermediate_size=1408,
+            first_k_dense_replace=1,
+            num_nextn_predict_layers=1,
+        ),
         tied=("", ""),
         keys={"n_routed_experts": "num_local_experts", "num_nextn_predict_layers": "num_mtp_layers"},
         experts=("n_routed_experts",),

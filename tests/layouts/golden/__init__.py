@@ -16,22 +16,44 @@ from shardtool.layouts import vllm
 from shardtool.layouts.base import Model, Parallel
 from shardtool.mosaic import Logical
 from tests import builders
+from tests.layouts import classic, mixtures
 
 FOLDER = Path(__file__).parent
 TP = 4
-VARIANTS: dict[str, dict[str, Any]] = {
-    **{family: {"family": family} for family in builders.KINDS},
-    "llama-biases": {"family": "llama", "attention_bias": True, "mlp_bias": True},
-    "llama-tied": {"family": "llama", "tie_word_embeddings": True},
-    "granite-sinks": {"family": "granite", "attention_sinks": True},
-}
+
+
+def _variants() -> dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]]:
+    found = {}
+    llamas: dict[str, dict[str, Any]] = {family: {"family": family} for family in builders.KINDS}
+    llamas["llama-biases"] = {"family": "llama", "attention_bias": True, "mlp_bias": True}
+    llamas["llama-tied"] = {"family": "llama", "tie_word_embeddings": True}
+    llamas["granite-sinks"] = {"family": "granite", "attention_sinks": True}
+    for name, said in llamas.items():
+        config = builders.config(**said)
+        found[name] = config, builders.shapes(config)
+    others: dict[str, dict[str, Any]] = {family: {"family": family} for family in classic.KINDS}
+    others["falcon-new"] = {"family": "falcon", "new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}
+    others["opt-350m"] = {"family": "opt", "word_embed_proj_dim": 24, "do_layer_norm_before": False}
+    others["cohere-norms"] = {"family": "cohere", "use_qk_norm": True}
+    for name, said in others.items():
+        config = classic.config(**said)
+        found[name] = config, classic.KINDS[said["family"]].shapes(config)
+    for family in mixtures.KINDS:
+        config = mixtures.config(family)
+        found[family] = config, mixtures.shapes(config)
+    return found
+
+
+VARIANTS = _variants()
+"""config.json and the shapes of all source tensors, by name."""
 
 
 def layout(name: str) -> dict[str, Any]:
     """What the table says of a variant, as JSON values."""
-    config = builders.config(**VARIANTS[name])
-    sources = {key: Logical(DType.BF16, shape) for key, shape in builders.shapes(config).items()}
-    sources["model.layers.0.self_attn.rotary_emb.inv_freq"] = Logical(DType.F32, (2,))
+    config, shapes = VARIANTS[name]
+    sources = {key: Logical(DType.BF16, shape) for key, shape in shapes.items()}
+    if name in builders.KINDS:
+        sources["model.layers.0.self_attn.rotary_emb.inv_freq"] = Logical(DType.F32, (2,))
     outline = vllm.for_config(config).outline(Model(config, sources, DType.BF16), Parallel(TP))
     return {
         "config": config,
