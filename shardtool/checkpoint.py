@@ -93,6 +93,7 @@ class Checkpoint:
     files: tuple[WeightFile, ...]
     manifest: Manifest | None = None
     objects: Mapping[str, Object] = field(default_factory=dict)
+    stages: int = 1  # of the pipeline, as the files' names say without a manifest
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -253,9 +254,9 @@ def _without_manifest(uri: str, store: Store, shard_pattern: str | None) -> Chec
             raise UsageError(f"{uri} holds more than {MAX_OBJECTS} files; name the folder of one checkpoint")
     if any(key.startswith(manifest.PRIVATE) and key.endswith(".json") for key in objects):
         raise Incomplete(f"{uri} is being written or was interrupted: run the same command again to finish it")
-    shards = _shards(objects, shard_pattern)
+    shards, stages = _shards(objects, shard_pattern)
     if shards:
-        return Checkpoint(uri, store, "shards", _files(store, shards), objects=objects)
+        return Checkpoint(uri, store, "shards", _files(store, shards), objects=objects, stages=stages)
     if shard_pattern is not None:
         raise NotFound(f"{uri} has no file that --pattern {shard_pattern!r} names")
     own = sorted(key for key in objects if "/" not in key)
@@ -274,24 +275,23 @@ def _without_manifest(uri: str, store: Store, shard_pattern: str | None) -> Chec
     )
 
 
-def _shards(objects: Mapping[str, Object], text: str | None) -> list[tuple[Object, int | None, int]]:
-    """The files that a pattern (or one of the engines' own) names, with rank and part."""
+def _shards(objects: Mapping[str, Object], text: str | None) -> tuple[list[tuple[Object, int | None, int]], int]:
+    """The files that a pattern (or one of the engines' own) names, with rank and part, and the number of stages."""
     for candidate in (pattern.DEFAULT, pattern.DEFAULT_PP) if text is None else (text,):
         fields = {field for field in pattern.FIELDS if "{" + field in candidate}
         made = pattern.parse(candidate, tp=2 if fields & {"rank", "tp_rank"} else 1, pp=2 if "pp_rank" in fields else 1)
         names = made.regex()
-        found: list[tuple[Object, int | None, int]] = []
+        found: list[tuple[Object, int, int, int]] = []
         for key, thing in sorted(objects.items()):
             if match := names.fullmatch(key):
                 numbers = {name: int(value) for name, value in match.groupdict().items()}
-                if numbers.get("pp_rank"):
-                    raise UsageError(
-                        f"{key} belongs to a pipeline stage; pipeline parallel shards are not supported yet"
-                    )
-                found.append((thing, numbers.get("rank", numbers.get("tp_rank", 0)), numbers.get("part", 0)))
+                tp_rank = numbers.get("rank", numbers.get("tp_rank", 0))
+                found.append((thing, tp_rank, numbers.get("pp_rank", 0), numbers.get("part", 0)))
         if found:
-            return found
-    return []
+            tp = max(tp_rank for _, tp_rank, _, _ in found) + 1
+            placed = [(thing, stage * tp + tp_rank, part) for thing, tp_rank, stage, part in found]
+            return list(placed), max(stage for _, _, stage, _ in found) + 1
+    return [], 1
 
 
 def _indexed(uri: str, store: Store, objects: Mapping[str, Object], index: str) -> Checkpoint:

@@ -115,8 +115,8 @@ class FileLayout:
             if self.tensors[name] != tensor:
                 was = self.tensors[name]
                 raise PlanError(
-                    f"{self.where} is of another checkpoint: {name!r} is {tensor.dtype.name} {list(tensor.shape)} here, "
-                    f"{was.dtype.name} {list(was.shape)} there"
+                    f"{self.where} is of another checkpoint: there {name!r} is {was.dtype.name} {list(was.shape)}, "
+                    f"here {tensor.dtype.name} {list(tensor.shape)}"
                 )
 
 

@@ -15,6 +15,8 @@ qkv        its query heads; its key and value heads, which ranks share where tp 
 grouped    the same, from one source of groups: query heads, a key and a value each                QKVParallel
 vision_qkv such rows of each third of one source                                            QKVParallel
 vocab      rows ``[r * P/tp, (r+1) * P/tp)`` of the vocabulary padded with zeros to P          VocabParallel
+vocab_tp   the same, padded further where P cannot be divided                                 SGLang's
+root       the square root of the hidden size                                              a constant of Gemma 2
 scalar     one 1.0 of no source                                                             Attention scales
 ========== ============================================================================= ==================
 
@@ -133,6 +135,14 @@ def copy(target: str, sources: Sources, _dims: Dims, tp: int) -> tuple[Share, ..
 def scalar(_target: str, _sources: Sources, _dims: Dims, tp: int) -> tuple[Share, ...]:
     """A constant 1.0 without dimensions."""
     return (Share(tuple(range(tp)), (), (), 1.0),)
+
+
+def root(target: str, _sources: Sources, dims: Dims, tp: int) -> tuple[Share, ...]:
+    """The square root of ``hidden_size``, without dimensions (SGLang's ``models/gemma2.py``)."""
+    hidden = dims.config.get("hidden_size")
+    if type(hidden) is not int or hidden < 1:
+        raise fail(target, f"config.json says hidden_size {hidden!r}, which is not a size")
+    return (Share(tuple(range(tp)), (), (), math.sqrt(hidden)),)
 
 
 def _merged(target: str, sources: Sources, tp: int, parts: int = 0) -> tuple[Share, ...]:
@@ -275,12 +285,27 @@ def padded_vocab(vocab: int) -> int:
 
 def vocab(target: str, sources: Sources, dims: Dims, tp: int) -> tuple[Share, ...]:
     """Each rank its rows of the padded vocabulary; padding is zeros, also at tp 1."""
+    return _vocabulary(target, sources, dims, tp, padded_vocab(dims.vocab))
+
+
+def vocab_tp(target: str, sources: Sources, dims: Dims, tp: int) -> tuple[Share, ...]:
+    """As ``vocab``, for any tp: where the padded vocabulary cannot be divided, it is padded to a multiple of PAD * tp.
+
+    SGLang 0.5.23 ``layers/vocab_parallel_embedding.py``.
+    """
+    padded = padded_vocab(dims.vocab)
+    return _vocabulary(
+        target, sources, dims, tp, padded if padded % tp == 0 else -(-dims.vocab // (PAD * tp)) * PAD * tp
+    )
+
+
+def _vocabulary(target: str, sources: Sources, dims: Dims, tp: int, padded: int) -> tuple[Share, ...]:
     (source,) = sources
     if not source.shape or source.shape[0] != dims.vocab:
         raise fail(
             target, f"its source has the shape {list(source.shape)}, but config.json says vocab_size {dims.vocab}"
         )
-    mine = divide(target, "the padded vocabulary", padded_vocab(dims.vocab), tp)
+    mine = divide(target, "the padded vocabulary", padded, tp)
     shape = (mine, *source.shape[1:])
     shares = []
     for r in range(tp):
@@ -372,9 +397,11 @@ RULES: dict[str, Rule] = {
     "grouped": Rule(grouped, _groups),
     "qkv": _QKV,
     "qkv_t": transposed(_QKV),
+    "root": Rule(root, _nothing, (0,)),
     "row": _ROW,
     "row_t": transposed(_ROW),
     "scalar": Rule(scalar, _nothing, (0,)),
     "vision_qkv": Rule(vision_qkv, _all_rows, parts=3),
     "vocab": Rule(vocab, _unpadded),
+    "vocab_tp": Rule(vocab_tp, _unpadded),
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from shardtool.dtypes import FLOATS, DType, castable
@@ -48,10 +48,14 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How a style divides a parameter: along which dimension (None: not at all), and of how many parts it is packed."""
+    """How a style divides a parameter: along which dimension (None: not at all), and of how many parts it is packed.
+
+    ``even``: whether it must divide.
+    """
 
     dim: int | None
     parts: int = 1
+    even: bool = False
 
 
 def _column(dims: int, _leaf: str) -> Cut:
@@ -105,7 +109,8 @@ class TransformersLayout:
     """The layout of one model.
 
     ``plan``: pattern -> style. ``tied``: parameter -> the one that it shares its memory with. ``unused``: source tensor
-    -> why no parameter takes it. ``head_dim``: rows of one attention head, 0 where there are none.
+    -> why no parameter takes it. ``head_dim``: rows of one attention head, 0 where there are none. ``even``: the styles
+    with which this version of transformers refuses what does not divide.
     """
 
     architecture: str
@@ -115,6 +120,7 @@ class TransformersLayout:
     tied: Mapping[str, str] = field(default_factory=dict)
     unused: Mapping[str, str] = field(default_factory=dict)
     head_dim: int = 0
+    even: tuple[str, ...] = ()
 
     @property
     def engine(self) -> str:
@@ -140,6 +146,7 @@ class TransformersLayout:
             "architecture": self.architecture,
             "plan": dict(self.plan),
             "head_dim": self.head_dim,
+            "even": list(self.even),
             "tied": dict(self.tied),
             "unused": dict(self.unused),
             "rows": [_row_record(row) for row in self.rows],
@@ -263,7 +270,7 @@ class TransformersLayout:
         found = STYLES[style](dims, leaf)
         if found.dim is not None and not 0 <= found.dim < dims:
             raise PlanError(f"tensor {to!r} has {dims} dimensions, which the style {style!r} cannot cut")
-        return found
+        return replace(found, even=style in self.even)
 
     def _heads_whole(self, name: str, shape: Shape, cut: Cut, tp: int) -> None:
         """Refuse slices that end within an attention head: such a model loads, and its first step fails."""
@@ -304,13 +311,14 @@ def _part_of(one: Blocks, dim: int, k: int, n: int) -> Blocks:
 def part(name: str, made: Blocks, cut: Cut, tp: int, rank: int) -> Blocks:
     """A rank's slice: equal but for the last ones, which are shorter or empty; of a packed tensor, of each part.
 
-    Raises ``PlanError`` for a packed tensor that does not divide, which transformers cannot place.
+    Raises ``PlanError`` for a packed tensor that does not divide, and where transformers would refuse it.
     """
     assert cut.dim is not None
     size = made.shape[cut.dim]
-    if cut.parts > 1 and size % (cut.parts * tp):
+    if (cut.even or cut.parts > 1) and size % (cut.parts * tp):
+        parts = f" are {cut.parts} parts, and --tp {tp} does not divide each" if cut.parts > 1 else ""
         raise PlanError(
-            f"tensor {name!r}: its {size} are {cut.parts} parts, and --tp {tp} does not divide each; transformers "
+            f"tensor {name!r}: its {size} rows or columns{parts or f' are not divided by --tp {tp}'}; transformers "
             "refuses it too, use a tp that divides them"
         )
     width = size // cut.parts
@@ -379,6 +387,7 @@ def from_record(record: Mapping[str, Any], where: str) -> TransformersLayout:
             _texts(record["tied"]),
             _texts(record["unused"]),
             head_dim,
+            tuple(_text(style) for style in record["even"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(

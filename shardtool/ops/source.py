@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
@@ -27,9 +27,9 @@ from shardtool.checkpoint import (
     with_headers,
 )
 from shardtool.dtypes import FLOATS, DType, from_name
-from shardtool.errors import Incomplete, PlanError
+from shardtool.errors import Incomplete, PlanError, ShardtoolError
 from shardtool.layouts import vllm
-from shardtool.layouts.base import Model, Parallel
+from shardtool.layouts.base import Model, Outline, Parallel
 from shardtool.manifest import Manifest, SideFile
 from shardtool.mosaic import Logical
 from shardtool.ops.equal import equal as equal_bytes
@@ -149,12 +149,17 @@ def infer(checkpoint: Checkpoint) -> Manifest:
         raise Incomplete(f"{checkpoint.uri} has no file of rank {missing}, but one of rank {max(ranks)}")
     text = checkpoint.config_text()
     config = parse_config(text, checkpoint.store.locate(CONFIG))
+    if len(ranks) % checkpoint.stages:
+        raise Incomplete(f"{checkpoint.uri} has {len(ranks)} ranks in {checkpoint.stages} stages; some are missing")
+    tp, pp = len(ranks) // checkpoint.stages, checkpoint.stages
     layout = vllm.for_config(config)
-    held = {name: Logical(entry.dtype, entry.shape) for name, (_, entry) in checkpoint.entries(0).items()}
+    held = {
+        name: Logical(entry.dtype, entry.shape)
+        for stage in range(pp)
+        for name, (_, entry) in checkpoint.entries(stage * tp).items()
+    }
     dtype = _dtype_of(held, config)
-    parallel = Parallel(len(ranks))
-    inventory = dict(sorted(layout.infer(config, held, parallel).items()))
-    outline = layout.outline(Model(config, inventory, dtype), parallel)
+    parallel, inventory, outline = _fitting(layout, config, held, dtype, [Parallel(tp, pp), Parallel(tp, pp, True)])
     return Manifest(
         written_by=f"shardtool {__version__}",
         layout=layout.record(),
@@ -171,6 +176,31 @@ def infer(checkpoint: Checkpoint) -> Manifest:
         recipe=outline.recipe,
         side_files=(),
     )
+
+
+def _fitting(
+    layout: vllm.VllmLayout,
+    config: Mapping[str, Any],
+    held: Mapping[str, Logical],
+    dtype: DType,
+    parallels: Sequence[Parallel],
+) -> tuple[Parallel, dict[str, Logical], Outline]:
+    """The first of some sizes by which shards can have been cut: files do not tell experts apart from their slices."""
+    failed: ShardtoolError | None = None
+    for parallel in parallels:
+        try:
+            inventory = dict(sorted(layout.infer(config, held, parallel).items()))
+            outline = layout.outline(Model(config, inventory, dtype), parallel)
+        except ShardtoolError as error:
+            failed = failed or error
+            continue
+        firsts = range(0, parallel.tp * parallel.pp, parallel.tp)
+        made = {tensor.name: tensor.shape for rank in firsts for tensor in outline.recipe.tensors(rank)}
+        if len(parallels) == 1 or all(held[name].shape == shape for name, shape in made.items() if name in held):
+            return parallel, inventory, outline
+    if failed is None:
+        return _fitting(layout, config, held, dtype, parallels[:1])
+    raise failed
 
 
 def _dtype_of(held: Mapping[str, Logical], config: Mapping[str, Any]) -> DType:

@@ -186,6 +186,7 @@ def layout_of(config: Mapping[str, Any], tensors: Mapping[str, Logical]) -> Tran
         tied=dict(model.all_tied_weights_keys),
         unused=unused,
         head_dim=_head_dim(model),
+        even=_even(),
     )
 
 
@@ -208,6 +209,14 @@ def _plan(model: Any) -> dict[str, str]:
         if isinstance(module, torch.nn.Embedding) and style.startswith(("rowwise", "colwise")):
             plan[generic(name)] = f"embedding_{style[:7]}"
     return plan
+
+
+def _even() -> tuple[str, ...]:
+    """The styles with which this version refuses what does not divide."""
+    from transformers.integrations.tensor_parallel import ColwiseParallel, TensorParallelLayer
+
+    checked = ColwiseParallel.validate_param is not TensorParallelLayer.validate_param
+    return ("colwise_gather_output", "colwise_rep") if checked else ()
 
 
 def _head_dim(model: Any) -> int:

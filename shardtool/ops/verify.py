@@ -434,7 +434,8 @@ def _recipe_for(checkpoint: Checkpoint, other: Source) -> Manifest:
     made = sources.infer(checkpoint)
     layout = vllm.for_config(other.config)
     head, embed = layout.family.tied
-    both = {head, embed} <= set(checkpoint.held(0))  # the engine held them apart: then they are stored apart
+    # Held apart by one rank, they are stored apart; stages hold them apart in any case.
+    both = made.pp == 1 and {head, embed} <= set(checkpoint.held(0))
     equal = (lambda _a, _b: False) if both else sources.equal_in(other)
     outline = layout.outline(Model(other.config, other.inventory, made.dtype, equal), made.parallel)
     return replace(made, recipe=outline.recipe, inventory=other.inventory)

@@ -1,7 +1,7 @@
 """The process in which an engine is traced: ``python -m shardtool.trace.child JOB.json OUT.json``.
 
-It runs under the engine's own Python, which needs torch and the engine and nothing else of ours than this package on its
-path. ``JOB.json`` says what to do (``parent.py`` writes it), ``OUT.json`` is the answer or ``{"error": ...}``; what the
+It runs under the engine's own Python, which needs torch and the engine, and of ours this package on its path.
+``JOB.json`` says what to do (``parent.py`` writes it), ``OUT.json`` is the answer or ``{"error": ...}``; what the
 engine prints goes where the parent wants it. Ranks are traced one after the other and folded at once, so that memory
 holds one rank's pieces.
 """
@@ -12,7 +12,7 @@ import gc
 import json
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +31,19 @@ from shardtool.trace.contents import Contents
 from shardtool.trace.tape import META, Literals, Log, Refused, Tape
 
 WEIGHTS = "model.safetensors"
-PROGRESS = "shardtool-progress "
-"""How lines of progress begin, among what the engine prints."""
+Sources = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""The source tensors' dtypes and shapes."""
+Done = Callable[[], None]
+"""Called after each rank."""
 
 
-def trace(engine: Any, sizes: Parallel, sources: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, Any]:
+def trace(engine: Any, sizes: Parallel, sources: Sources, done: Done) -> dict[str, Any]:
     """Every rank of some sizes: recipe, aliases, tensors that nothing fills."""
     folding = Folding()
     aliases: dict[str, str] = {}
     uninitialised: dict[str, int] = {}
     tied: tuple[str, str] | None = None
     for rank in sizes.ranks:
-        _progress(f"{sizes}: rank {rank + 1} of {len(sizes.ranks)}")
         log = Log()
         tape = Tape(log, Contents(log).value)
         with engine.rank(sizes, rank) as config:
@@ -70,6 +71,7 @@ def trace(engine: Any, sizes: Parallel, sources: Mapping[str, tuple[torch.dtype,
         folding.add(rank, mosaics)
         del model, config, compiler, tape, log, mosaics, targets
         gc.collect()
+        done()
     recipe = folding.recipe()
     return {
         "parallel": sizes.to_json(),
@@ -82,7 +84,7 @@ def trace(engine: Any, sizes: Parallel, sources: Mapping[str, tuple[torch.dtype,
     }
 
 
-def shapes(engine: Any, sizes: Parallel) -> dict[str, Any]:
+def shapes(engine: Any, sizes: Parallel, done: Done) -> dict[str, Any]:
     """What every rank of some sizes holds: name -> dtype and shape, aliases left out."""
     ranks = []
     for rank in sizes.ranks:
@@ -90,13 +92,12 @@ def shapes(engine: Any, sizes: Parallel) -> dict[str, Any]:
             state = engine.construct(config).state_dict()
         log = Log()
         targets, _ = kept(log, state)
+        done()
         ranks.append({name: [from_name(str(ref.dtype)).name, list(ref.shape)] for name, ref in targets.items()})
     return {"parallel": sizes.to_json(), "ranks": ranks}
 
 
-def _weights(
-    log: Log, sources: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _weights(log: Log, sources: Sources) -> Iterator[tuple[str, torch.Tensor]]:
     """Each source tensor as a loader gets it, empty."""
     for name, (dtype, shape) in sources.items():
         tensor = torch.empty(shape, dtype=dtype, device=META)
@@ -125,8 +126,11 @@ def _sources(folder: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
 
 
 def _engine(job: Mapping[str, Any]) -> Any:
+    room: Any
     if job["engine"] == "vllm":
         from shardtool.trace import vllm as room
+    elif job["engine"] == "sglang":
+        from shardtool.trace import sglang as room
     else:
         raise ValueError(f"{job['engine']!r} is not an engine that can be traced")
     return room.Engine(
@@ -142,11 +146,12 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     """Do a job."""
     every = [parallel.from_json(value) for value in job["parallels"]]
     engine = _engine(job)
+    done = _progress(sum(len(sizes.ranks) for sizes in every))
     if job["do"] == "trace":
         sources = _sources(Path(job["folder"]))
-        layouts = [trace(engine, sizes, sources) for sizes in every]
+        layouts = [trace(engine, sizes, sources, done) for sizes in every]
     else:
-        layouts = [shapes(engine, sizes) for sizes in every]
+        layouts = [shapes(engine, sizes, done) for sizes in every]
     return {
         "engine_version": engine.version,
         "class": engine.architecture(every[0]),
@@ -155,9 +160,17 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _progress(text: str) -> None:
-    sys.stdout.write(f"{PROGRESS}{text}\n")
-    sys.stdout.flush()
+def _progress(total: int) -> Done:
+    """Tell the parent how many ranks are done, among what the engine prints."""
+    count = 0
+
+    def done() -> None:
+        nonlocal count
+        count += 1
+        sys.stdout.write(f"\nshardtool-progress {count} of {total}\n")
+        sys.stdout.flush()
+
+    return done
 
 
 def main(job_path: str, out_path: str) -> int:

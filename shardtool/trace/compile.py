@@ -77,14 +77,14 @@ class Compiler:
             if isinstance(part.leaf, Source):
                 pieces.append(_cast(part, part.leaf.name, ref.dtype))
                 continue
-            one = part._replace(at=_ONE) if isinstance(part.leaf, Uniform) else part
-            value = self._contents.of_part(one)
-            if (single := _single(value)) is not None:
+            here = part._replace(at=_ONE) if isinstance(part.leaf, Uniform) else part
+            content = self._contents.of_part(here)
+            if (single := _single(content)) is not None:
                 uniform.setdefault(single, []).append(part)
             elif isinstance(part.leaf, Uniform):  # a value that JSON has no number for
-                pieces.append(_repeated(part, value))
+                pieces.append(_repeated(part, content))
             else:
-                pieces.append(Piece(part.at, row_major(part.at.shape), _constant(value)))
+                pieces.append(Piece(part.at, row_major(part.at.shape), _constant(content)))
         fill = max(uniform, key=lambda value: sum(part.at.size for part in uniform[value])) if uniform else None
         for value, parts in uniform.items():
             if value != fill:
@@ -141,7 +141,8 @@ def _operation(write: Write) -> tuple[str, Sequence[Any]]:
     while args and args[-1] is None:
         args.pop()
     if said.pop("alpha", 1) != 1 or said:
-        raise Refused(f"the engine computes it with {write.op!r} and {sorted(said) or 'alpha'}, which layouts cannot say")
+        named = ", ".join(sorted(said)) or "alpha"
+        raise Refused(f"the engine computes it with {write.op!r} and its {named}, which layouts cannot say")
     return name, args
 
 
@@ -195,18 +196,22 @@ def _single(value: torch.Tensor) -> float | None:
     number = float(first)
     if number != first or not math.isfinite(number) or (number == 0 and math.copysign(1, number) < 0):
         return None
-    bits = flat.contiguous().view(torch.uint8).reshape(flat.numel(), -1)
+    bits = _bytes(value).reshape(flat.numel(), -1)
     return number if bool((bits == bits[0]).all()) else None
 
 
 def _constant(value: torch.Tensor) -> Program:
     """The program that yields a tensor's values."""
-    value = value.contiguous()
-    raw = value.reshape(-1).view(torch.uint8).numpy().tobytes()
+    raw = _bytes(value).numpy().tobytes()
     if len(raw) > MOST_CONSTANT:
         raise Refused(f"the engine has a constant of {len(raw)} bytes there; layouts hold at most {MOST_CONSTANT}")
     text = base64.b64encode(zlib.compress(raw, 9)).decode()
     return Program("data", (text,), dtype_of(value.dtype), tuple(value.shape))
+
+
+def _bytes(value: torch.Tensor) -> torch.Tensor:
+    """A tensor's bytes. A copy: one element may have strides with which torch does not look at its bytes."""
+    return value.reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def _settled(piece: Piece, shape: tuple[int, ...]) -> Piece:

@@ -68,7 +68,9 @@ def _stack(write: Write, _index: Index) -> list[Moved]:
 def _dropped(window: Window, dim: int) -> Window:
     """A window without a dimension of one index."""
     return Window(
-        window.offset, (*window.shape[:dim], *window.shape[dim + 1 :]), (*window.strides[:dim], *window.strides[dim + 1 :])
+        window.offset,
+        (*window.shape[:dim], *window.shape[dim + 1 :]),
+        (*window.strides[:dim], *window.strides[dim + 1 :]),
     )
 
 

@@ -31,8 +31,8 @@ from shardtool.layouts.base import Parallel
 from shardtool.layouts.file import FileLayout, Traced
 from shardtool.mosaic import Logical
 
-PROGRESS = "shardtool-progress "
-"""How the child's lines of progress begin."""
+PROGRESS = re.compile(r"shardtool-progress (\d{1,9}) of (\d{1,9})")
+"""The child's lines of progress: ranks done, of all."""
 TIMEOUT = 4 * 3600.0
 """Seconds that an engine gets."""
 _TITLES = {"vllm": "vLLM", "sglang": "SGLang"}
@@ -41,11 +41,15 @@ _BOOT = (
 )
 
 
+Progress = Callable[[int, int], None]
+"""Is told how many ranks are done, of how many."""
+
+
 def _no_side_files(_folder: Path) -> None:
     pass
 
 
-def _silent(_text: str) -> None:
+def _silent(_done: int, _total: int) -> None:
     pass
 
 
@@ -84,7 +88,7 @@ def available(engine: str, python: str | None = None) -> bool:
 
 
 def trace(
-    job: Job, *, python: str | None = None, progress: Callable[[str], None] = _silent, timeout: float = TIMEOUT
+    job: Job, *, python: str | None = None, progress: Progress | None = None, timeout: float = TIMEOUT
 ) -> FileLayout:
     """The layout that an engine's loader shows. Raises ``UnsupportedModel`` with what the engine said."""
     out = _done(job, "trace", python, progress, timeout)
@@ -105,12 +109,18 @@ def trace(
             )
         )
     return FileLayout(
-        job.engine, version, str(out["class"]), DType[out["dtype"]], job.tensors, tuple(traced), f"the trace of {job.uri}"
+        job.engine,
+        version,
+        str(out["class"]),
+        DType[out["dtype"]],
+        job.tensors,
+        tuple(traced),
+        f"the trace of {job.uri}",
     )
 
 
 def held(
-    job: Job, *, python: str | None = None, progress: Callable[[str], None] = _silent, timeout: float = TIMEOUT
+    job: Job, *, python: str | None = None, progress: Progress | None = None, timeout: float = TIMEOUT
 ) -> tuple[Held, ...]:
     """What an engine builds for a sharded checkpoint: only constructed, nothing is loaded."""
     out = _done(job, "shapes", python, progress, timeout)
@@ -127,9 +137,7 @@ def held(
     )
 
 
-def _done(
-    job: Job, do: str, python: str | None, progress: Callable[[str], None], timeout: float
-) -> dict[str, Any]:
+def _done(job: Job, do: str, python: str | None, progress: Progress | None, timeout: float) -> dict[str, Any]:
     """The child's answer."""
     if not available(job.engine, python):
         where = "here" if python is None else f"for {python}"
@@ -157,7 +165,7 @@ def _done(
             encoding="utf-8",
         )
         command = [python or sys.executable, "-c", _BOOT, str(_path(Path(scratch))), str(asked), str(answer)]
-        code, said = _watched(command, scratch, progress, timeout)
+        code, said = _watched(command, scratch, progress or _silent, timeout)
         try:
             out: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -201,9 +209,7 @@ def _path(scratch: Path) -> Path:
     return folder
 
 
-def _watched(
-    command: Sequence[str], cwd: str, progress: Callable[[str], None], timeout: float
-) -> tuple[int, Sequence[str]]:
+def _watched(command: Sequence[str], cwd: str, progress: Progress, timeout: float) -> tuple[int, Sequence[str]]:
     """Run a process to its end, or for so long. -> (exit code, its last lines)."""
     said: deque[str] = deque(maxlen=200)
     with subprocess.Popen(
@@ -220,8 +226,8 @@ def _watched(
         timer.start()
         try:
             for line in _lines(process):
-                if line.startswith(PROGRESS):
-                    progress(line.removeprefix(PROGRESS))
+                if found := PROGRESS.fullmatch(line):
+                    progress(int(found[1]), int(found[2]))
                 else:
                     said.append(line)
             code = process.wait()
@@ -247,7 +253,8 @@ def _crashed(job: Job, code: int, said: Sequence[str], timeout: float) -> str:
     title = _TITLES[job.engine]
     last = next((line.strip() for line in reversed(said) if line.strip()), "it said nothing")
     if code == -signal.SIGKILL:
-        return f"{title} was ended while its loader was traced: out of memory, or after {timeout:.0f} seconds ({last[:300]})"
+        why = f"out of memory, or after {timeout:.0f} seconds"
+        return f"{title} was ended while its loader was traced, {why}: {last[:300]}"
     how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
     return f"{title} ended {how} while its loader was traced: {last[:300]}"
 

@@ -112,9 +112,7 @@ class Engine:
         """Nothing: it believes config.json, whatever head the checkpoint has."""
         return None
 
-    def amendments(
-        self, config: Any, sources: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
-    ) -> dict[str, Any]:
+    def amendments(self, config: Any, sources: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, Any]:
         """Nothing: what it looks for in a checkpoint's tensors is for quantized models."""
         return {}
 

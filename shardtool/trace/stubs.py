@@ -34,6 +34,7 @@ class Nothing(metaclass=_Name):
         pass
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Itself."""
         return self
 
 

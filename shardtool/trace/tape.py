@@ -52,7 +52,7 @@ class Ref(NamedTuple):
 
 
 class Write(NamedTuple):
-    """One entry of the log: ``out`` was written at ``time``. Tensors among the arguments are ``Ref``, or CPU tensors."""
+    """One entry of the log: ``out`` was written at ``time``. The tensors among the arguments are ``Ref``, or real."""
 
     time: int
     out: Ref
@@ -78,13 +78,13 @@ class Log:
         if key not in self._alive:
             self._alive[key] = storage
             self.sizes[key] = storage.nbytes()
-        return Ref(key, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        return Ref(key, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
     def real(self, tensor: torch.Tensor) -> Ref:
         """The view that a tensor with values is: its storage becomes one that holds them."""
         ref = self.ref(tensor)
         if ref.storage not in self.writes:
-            values = torch.empty(0, dtype=tensor.dtype).set_(self._alive[ref.storage])  # type: ignore[call-overload]
+            values = torch.empty(0, dtype=tensor.dtype).set_(self._alive[ref.storage])
             self.write(Ref(ref.storage, 0, tuple(values.shape), values.stride(), values.dtype), "data", (values,))
         return ref
 
@@ -140,7 +140,7 @@ class Tape(TorchDispatchMode):
     """
 
     def __init__(self, log: Log, value: Callable[[Ref], torch.Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._log = log
         self._value = value
         self._kinds: dict[Any, tuple[str, str]] = {}
@@ -175,10 +175,10 @@ class Tape(TorchDispatchMode):
         log = self._log
         if not _is_meta(target):
             real = self.real(source)
-            with _disable_current_modes():  # type: ignore[no-untyped-call]
+            with _disable_current_modes():
                 return target.copy_(real)
-        if target.shape != source.shape and torch.broadcast_shapes(target.shape, source.shape) != target.shape:
-            raise RuntimeError(f"a tensor of shape {list(source.shape)} was copied into one of {list(target.shape)}")
+        if target.shape != source.shape:
+            source.expand(target.shape)  # raises as the copy would
         if _is_meta(source):
             log.write(log.ref(target), "copy", (log.ref(source),))
         else:
@@ -194,7 +194,7 @@ class Tape(TorchDispatchMode):
             except DependsOnSource:
                 kwargs = {**kwargs, "device": META, "non_blocking": False}
             else:
-                with _disable_current_modes():  # type: ignore[no-untyped-call]
+                with _disable_current_modes():
                     made: torch.Tensor = op(real, *args[1:], **kwargs)
                     return made
         kwargs = {**kwargs, "pin_memory": False} if kwargs.get("pin_memory") else kwargs
@@ -207,7 +207,7 @@ class Tape(TorchDispatchMode):
 
     def _read(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An operation whose result needs values now."""
-        with _disable_current_modes():  # type: ignore[no-untyped-call]
+        with _disable_current_modes():
             real_args, real_kwargs = tree_map(
                 lambda x: self.real(x) if isinstance(x, torch.Tensor) else x, (args, kwargs)
             )
@@ -220,7 +220,7 @@ class Tape(TorchDispatchMode):
         """The tensor with its values. Raises ``DependsOnSource``."""
         if not _is_meta(tensor):
             return tensor
-        with _disable_current_modes():  # type: ignore[no-untyped-call]
+        with _disable_current_modes():
             return self._value(self._log.ref(tensor))
 
     def _twin(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -240,14 +240,15 @@ class Tape(TorchDispatchMode):
 
     def _on_meta(self, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The arguments with real tensors made meta, since an operation does not take both."""
-        if name.startswith("index") or not any(isinstance(x, torch.Tensor) and not _is_meta(x) for x in _tensors(args)):
+        real = any(not _is_meta(x) for x in _tensors(args))
+        if name.startswith("index") or not real:
             return args
-        moved: tuple[Any, ...] = tree_map(
-            lambda x: torch.empty_like(x, device=META)
-            if isinstance(x, torch.Tensor) and not _is_meta(x) and x.ndim
-            else x,
-            args,
-        )
+
+        def meta(value: Any) -> Any:
+            twin = isinstance(value, torch.Tensor) and not _is_meta(value) and value.ndim
+            return torch.empty_like(value, device=META) if twin else value
+
+        moved: tuple[Any, ...] = tree_map(meta, args)
         return moved
 
     def _kept(self, values: Any) -> Any:

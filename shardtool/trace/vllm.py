@@ -4,10 +4,10 @@ What is used of it: ``EngineArgs`` for the configuration, the groups of ``parall
 sizes are set by hand; nothing is communicated), ``initialize_model`` for the construction, ``DefaultModelLoader`` for
 the loading, with our own iterator over the source tensors. Differences of versions are functions of their own here.
 
-It was run with the CPU build. A CUDA wheel on a machine without a GPU finds no platform; ``VLLM_TARGET_DEVICE=cpu``, set
-by ``settings``, makes 0.31 and later choose the CPU's by themselves, and ``_platform`` sets it in earlier ones (this was
-read, not run). What the shapes of a kernel's weights depend on is then chosen as for a CPU, unless ``moe_backend`` names
-it.
+It was run with the CPU build. A CUDA wheel on a machine without a GPU finds no platform; ``VLLM_TARGET_DEVICE=cpu`` in
+``SETTINGS`` makes 0.31 and later choose the CPU's by themselves, and ``_platform`` sets it in earlier ones (this was
+read, not run). What the shapes of a kernel's weights depend on is then chosen as for a CPU, unless ``moe_backend``
+names it.
 """
 
 from __future__ import annotations
@@ -164,9 +164,7 @@ class Engine:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         return names[id(found.lm_head.weight)], names[id(found.embed_tokens.weight)]
 
-    def amendments(
-        self, config: Any, sources: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
-    ) -> dict[str, Any]:
+    def amendments(self, config: Any, sources: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, Any]:
         """What config.json must say of shards, where vLLM looks for it into a checkpoint that is not sharded.
 
         ``AutoGPTQConfig`` and ``AutoAWQConfig.maybe_update_config``: which modules are quantized.

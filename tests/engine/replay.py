@@ -85,7 +85,10 @@ def sources(folder: Path) -> Get:
 def compare(
     got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], loose: frozenset[str] = frozenset()
 ) -> list[str]:
-    """What differs between a rank as it was replayed and as the engine has it. ``loose``: names with memory that nothing fills."""
+    """What differs between a rank as it was replayed and as the engine has it.
+
+    ``loose``: names with memory that nothing fills.
+    """
     found = [f"{name} is missing" for name in sorted(want.keys() - got.keys())]
     found += [f"{name} is too much" for name in sorted(got.keys() - want.keys())]
     for name in sorted(got.keys() & want.keys()):
@@ -98,15 +101,12 @@ def compare(
 
 
 def _bytes(value: torch.Tensor) -> torch.Tensor:
-    return value.contiguous().reshape(-1).view(torch.uint8)
+    return value.reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal wherever the second is a number: the truth fills memory with NaN or the largest integer first."""
-    if b.is_floating_point():
-        known = ~torch.isnan(b.float())
-    else:
-        known = b != torch.iinfo(b.dtype).max
+    known = ~torch.isnan(b.float()) if b.is_floating_point() else b != torch.iinfo(b.dtype).max
     return bool((a[known].float() == b[known].float()).all())
 
 

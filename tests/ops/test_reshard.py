@@ -18,7 +18,6 @@ from shardtool.errors import (
     NotFound,
     PlanError,
     UnsupportedModel,
-    UsageError,
 )
 from shardtool.layouts import tables
 from tests.builders import (
@@ -253,9 +252,16 @@ def test_an_engines_last_rank_cannot_be_missed(tmp_path: Path):
         shardtool.reshard(tmp_path / "shards", tmp_path / "out", tp=2)
 
 
-def test_pipeline_stages_are_refused(tmp_path: Path):
-    _, shards, _ = engine_files("llama", 1)
-    renamed = {re.sub(r"rank-(\d+)-part", r"pp-1-tp-\1-part", key): data for key, data in shards.items()}
-    put(tmp_path / "shards", renamed)
-    with pytest.raises(UsageError, match="pipeline"):
-        shardtool.reshard(tmp_path / "shards", tmp_path / "out", tp=2)
+def test_pipeline_stages_that_an_engine_saved_are_read(tmp_path: Path):
+    """Shards of two stages without their manifest, as an engine leaves them, are what they were with it."""
+    files, _, _ = engine_files("llama", 2)
+    put(tmp_path / "model", files)
+    shardtool.save(tmp_path / "model", tmp_path / "made", tp=2, pp=2)
+    bare = {key: data for key, data in contents(tmp_path / "made").items() if key != "shardtool.json"}
+    put(tmp_path / "shards", bare)
+    assert shardtool.verify(tmp_path / "shards", against=tmp_path / "model").ok
+    shardtool.reshard(tmp_path / "shards", tmp_path / "tp4", tp=4)
+    assert shardtool.verify(tmp_path / "tp4", against=tmp_path / "model").ok
+    (tmp_path / "shards" / "model-pp-0-tp-1-part-0.safetensors").unlink()
+    with pytest.raises(Incomplete, match="has no file of rank 1, but one of rank 3"):
+        shardtool.reshard(tmp_path / "shards", tmp_path / "out", tp=4)

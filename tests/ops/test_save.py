@@ -278,7 +278,7 @@ def test_a_job_that_was_interrupted_is_finished_by_the_same_command(source: str,
 
 
 def test_a_rank_that_there_is_not_is_refused(source: str, out: Path):
-    with pytest.raises(UsageError, match="--ranks names rank 4, but --tp 4 has ranks 0 to 3"):
+    with pytest.raises(UsageError, match="--ranks names rank 4, but tp 4 has ranks 0 to 3"):
         shardtool.save(source, out, tp=4, ranks=[1, 4])
     assert not out.exists()
 

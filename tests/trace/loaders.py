@@ -44,7 +44,7 @@ def act(pool: Pool, what: str, i: int, *args: Any) -> None:
             pool.append(one.flatten(start))
         case "split", dim, n:
             pool.append(one.unflatten(dim, (n, -1)))
-        case "clone",:
+        case ("clone",):
             pool.append(one.clone())
         case "to", dtype:
             pool.append(one.to(dtype))
@@ -64,7 +64,7 @@ def act(pool: Pool, what: str, i: int, *args: Any) -> None:
             pool.append(one[torch.tensor(index)])
         case "pad", before, after, value:
             pool.append(torch.nn.functional.pad(one, (before, after), value=value))
-        case "neg",:
+        case ("neg",):
             pool.append(-one)
         case "mul", value:
             pool.append(one * value)
@@ -74,7 +74,7 @@ def act(pool: Pool, what: str, i: int, *args: Any) -> None:
             pool.append(one + pool[j])
         case "fill", value:
             one.fill_(value)
-        case "zero",:
+        case ("zero",):
             one.zero_()
         case "copy", j:
             one.copy_(pool[j])

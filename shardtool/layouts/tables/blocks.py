@@ -15,6 +15,10 @@ DROPS = dict.fromkeys(
     ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached"),
     "a table of the rotary embedding, which engines compute themselves",
 )
+PREDICTING = (
+    ("predicting", LAYER, "a layer that predicts further tokens, which the engine loads into a model of its own"),
+)
+"""``Family.skips`` of the models whose checkpoints hold such layers."""
 SCALES_SINCE = "0.15"
 """The first engine version whose attention keeps its scales among the weights."""
 

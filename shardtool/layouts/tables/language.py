@@ -17,6 +17,8 @@ from shardtool.layouts.vocabulary import RULES
 TIE = "tie_word_embeddings"
 UNTIES_SINCE = "0.31"
 """The first engine version that gives a tied model its own head where the checkpoint has one."""
+MOST_TEXT = 1000
+"""Characters of a text in a table that a manifest kept, so that conditions do not nest without end."""
 STAGES = ("", "every", "first", "last", "first|last", "first not last")
 """What ``Row.stage`` may say."""
 
@@ -241,8 +243,8 @@ def _check_kinds(family: Family) -> None:
     if not all(isinstance(table, dict) for table in tables):
         raise TypeError("a column that should be a table is none")
     words = (*texts, *family.drops, *family.drops.values(), *family.keys, *family.keys.values())
-    if not all(isinstance(text, str) for text in words):
-        raise TypeError("a column holds something that is not a text")
+    if not all(isinstance(text, str) and len(text) <= MOST_TEXT for text in words):
+        raise TypeError(f"a column holds something that is not a text of at most {MOST_TEXT} characters")
     flags: list[object] = [family.pipeline, family.unties]
     if not all(isinstance(flag, bool) for flag in flags):
         raise TypeError("a column that should be true or false is neither")

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from shardtool.layouts.tables.blocks import DROPS, LAYER, NORMS, REFUSED, copies, defaults, gated, scales
+from shardtool.layouts.tables.blocks import DROPS, LAYER, NORMS, PREDICTING, REFUSED, copies, defaults, gated, scales
 from shardtool.layouts.tables.language import Family, Row
-from shardtool.layouts.tables.moe import PREDICTING, experts, own_head, router, shared
+from shardtool.layouts.tables.moe import experts, own_head, router, shared
 
 _ATTN, _INNER, _MLP = LAYER + "self_attn.", LAYER + "self_attn.mla_attn.", LAYER + "mlp."
 _SPARSE = "deepseek sparse"

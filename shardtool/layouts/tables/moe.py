@@ -12,6 +12,7 @@ from shardtool.layouts.tables.blocks import (
     DROPS,
     LAYER,
     NORMS,
+    PREDICTING,
     REFUSED,
     attention,
     copies,
@@ -23,10 +24,6 @@ from shardtool.layouts.tables.blocks import (
 )
 from shardtool.layouts.tables.language import Family, Row
 
-PREDICTING = (
-    ("predicting", LAYER, "a layer that predicts further tokens, which the engine loads into a model of its own"),
-)
-"""``Family.skips`` of the models whose checkpoints hold such layers."""
 Spellings = tuple[tuple[str, str], ...]
 
 

@@ -20,6 +20,7 @@ from tests.layouts import classic, mixtures
 
 FOLDER = Path(__file__).parent
 TP = 4
+ROTARY = "model.layers.0.self_attn.rotary_emb.inv_freq"
 
 
 def _variants() -> dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]]:
@@ -30,7 +31,7 @@ def _variants() -> dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]]:
     llamas["granite-sinks"] = {"family": "granite", "attention_sinks": True}
     for name, said in llamas.items():
         config = builders.config(**said)
-        found[name] = config, builders.shapes(config)
+        found[name] = config, {**builders.shapes(config), ROTARY: (2,)}
     others: dict[str, dict[str, Any]] = {family: {"family": family} for family in classic.KINDS}
     others["falcon-new"] = {"family": "falcon", "new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}
     others["opt-350m"] = {"family": "opt", "word_embed_proj_dim": 24, "do_layer_norm_before": False}
@@ -48,15 +49,19 @@ VARIANTS = _variants()
 """config.json and the shapes of all source tensors, by name."""
 
 
+def model(name: str) -> Model:
+    """A variant as a layout is given it."""
+    config, shapes = VARIANTS[name]
+    sources = {key: Logical(DType.F32 if key == ROTARY else DType.BF16, shape) for key, shape in shapes.items()}
+    return Model(config, sources, DType.BF16)
+
+
 def layout(name: str) -> dict[str, Any]:
     """What the table says of a variant, as JSON values."""
-    config, shapes = VARIANTS[name]
-    sources = {key: Logical(DType.BF16, shape) for key, shape in shapes.items()}
-    if name in builders.KINDS:
-        sources["model.layers.0.self_attn.rotary_emb.inv_freq"] = Logical(DType.F32, (2,))
-    outline = vllm.for_config(config).outline(Model(config, sources, DType.BF16), Parallel(TP))
+    variant = model(name)
+    outline = vllm.for_config(variant.config).outline(variant, Parallel(TP))
     return {
-        "config": config,
+        "config": dict(variant.config),
         "tp": TP,
         "recipe": recipe_json.to_json(outline.recipe),
         "dropped": dict(outline.dropped),
