@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from shardtool.ops.inspect import inspect
     from shardtool.ops.load import load, load_into, stream
     from shardtool.ops.merge import merge
+    from shardtool.ops.model import load_model
     from shardtool.ops.reshard import reshard
     from shardtool.ops.save import save
     from shardtool.ops.verify import verify
@@ -51,6 +52,7 @@ _LAZY = {
     "inspect": "shardtool.ops.inspect",
     "load": "shardtool.ops.load",
     "load_into": "shardtool.ops.load",
+    "load_model": "shardtool.ops.model",
     "merge": "shardtool.ops.merge",
     "open_store": "shardtool.stores",
     "reshard": "shardtool.ops.reshard",
@@ -79,6 +81,7 @@ __all__ = [
     "inspect",
     "load",
     "load_into",
+    "load_model",
     "merge",
     "open_store",
     "reshard",

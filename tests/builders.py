@@ -30,7 +30,17 @@ from safetensors import deserialize
 from shardtool.stores import memory, open_store
 from shardtool.stores.counting import CountingStore
 
-NUMPY = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "F64": "<f8", "I64": "<i8", "U8": "u1"}
+NUMPY = {
+    "BF16": "<u2",
+    "F16": "<f2",
+    "F32": "<f4",
+    "F64": "<f8",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I8": "i1",
+    "U8": "u1",
+    "F8_E4M3": "u1",
+}
 SHARD = re.compile(r"model-rank-(\d+)-part-(\d+)\.safetensors")
 
 

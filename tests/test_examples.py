@@ -82,6 +82,26 @@ def test_stream_into_module_gives_the_model_that_transformers_loads(llama: str, 
     assert "the largest weight of the attention of rank 0 is 0." in output
 
 
+def test_load_model_is_the_same_model_in_one_process_and_in_two(llama: str, tmp_path: Path) -> None:
+    import shardtool
+
+    one = said("load_model.py", llama)
+    assert one.startswith("rank 0 of 1: after the tokens 1 2 3 the model says ")
+    shardtool.save(llama, tmp_path / "tp2", tp=2, layout="transformers", dtype="float32")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *launch, ROOT / "examples" / "load_model.py", tmp_path / "tp2"],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    both = {f"rank {rank} of 2: {one.partition(': ')[2].strip()}" for rank in (0, 1)}
+    assert both <= set(done.stdout.splitlines())
+
+
 def test_several_workers_complete_one_checkpoint(llama: str, tmp_path: Path) -> None:
     output = said("several_workers.py", llama, tmp_path / "tp4", "--tp", "4", "--workers", "2")
     assert "ranks [0, 2]: " in output

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from shardtool import window as module
 from shardtool.errors import UnsupportedTransform
-from shardtool.window import Window, aligned, flat, join, row_major, simplify, tiles, union
+from shardtool.window import Window, aligned, flat, join, row_major, simplify, tiles, union, without
 from tests.strategies import View, addresses, shapes, views, windows
 
 # A window beside numpy's view.
@@ -139,6 +139,41 @@ def test_windows_whose_strides_do_not_divide_are_refused_rather_than_taken_apart
 
 
 # Unions.
+
+
+# What one window has beside another.
+
+
+def left(k1: Window, k2: Window) -> list[tuple[int, int]]:
+    """Address by address: those of ``k1`` that ``k2`` does not have, with their places in ``k1``."""
+    taken = set(addresses(k2).reshape(-1).tolist())
+    return [(a, i) for i, a in enumerate(addresses(k1).reshape(-1).tolist()) if a not in taken]
+
+
+@given(windows(), windows())
+def test_a_window_without_another_has_the_addresses_that_the_other_has_not(k1: Window, k2: Window):
+    try:
+        found = without(k1, row_major(k1.shape), k2)
+    except UnsupportedTransform:
+        assert crowded(k1) or crowded(k2)
+        return
+    pairs = [p for a, b in found for p in zip(addresses(a).reshape(-1), addresses(b).reshape(-1), strict=True)]
+    assert sorted(pairs) == sorted(left(k1, k2))
+
+
+@given(st.data())
+def test_a_view_without_another_of_the_same_tensor_is_never_refused(data: st.DataObject):
+    shape = data.draw(shapes())
+    k1, k2 = (data.draw(views(shape)).window for _ in range(2))
+    found = without(k1, row_major(k1.shape), k2)
+    pairs = [p for a, b in found for p in zip(addresses(a).reshape(-1), addresses(b).reshape(-1), strict=True)]
+    assert sorted(pairs) == sorted(left(k1, k2))
+
+
+def test_a_large_matrix_without_its_middle_is_four_windows():
+    whole = row_major((10_000, 10_000))
+    middle = whole.narrow(0, 100, 5_000).narrow(1, 7, 20)
+    assert len(without(whole, whole, middle)) == 4
 
 
 @given(st.lists(windows(still=True), max_size=4))

@@ -4,7 +4,7 @@ A change of engine version is a re-run of the trace and a look at this::
 
     recipes    two recipes: tensors that are new, gone, renamed or made otherwise
     outlines   two outlines: also what is dropped, which sources are copies, what config.json must say
-    several    outlines at several sizes: what is true at all of them is said once
+    files      two layout files, at all sizes that both hold: what is true at all of them is said once
 
 Two tensors are the same when every element of theirs comes from the same place, however the pieces are cut.
 """
@@ -12,12 +12,11 @@ Two tensors are the same when every element of theirs comes from the same place,
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from shardtool.errors import UnsupportedTransform
 from shardtool.fold import number_in, slotted
-from shardtool.layouts.base import Outline
-from shardtool.parallel import Parallel
+from shardtool.layouts.file import FileLayout, Traced
 from shardtool.plan import Piece, Program, Stored, Tensor
 from shardtool.recipe import SLOT, Recipe, Rule
 from shardtool.window import join, simplify
@@ -29,27 +28,76 @@ SHOWN = 4
 """Sources that a sentence names; of more it tells how many there are."""
 
 
-def several(old: Mapping[Parallel, Outline], new: Mapping[Parallel, Outline]) -> list[str]:
-    """What changed at the sizes that both have. A sentence that is true at all of them is said once."""
-    both = [parallel for parallel in old if parallel in new]
-    said = {parallel: outlines(old[parallel], new[parallel]) for parallel in both}
-    everywhere = [s for s in said[both[0]] if all(s in of for of in said.values())] if both else []
-    found = list(everywhere)
-    for parallel, of in said.items():
-        found += [f"{parallel}: {sentence}" for sentence in of if sentence not in everywhere]
-    for these, others, what in ((old, new, "old"), (new, old, "new")):
-        if alone := [str(parallel) for parallel in these if parallel not in others]:
-            found.append(f"only the {what} layout holds {', '.join(alone)}")
+class Said(Protocol):
+    """What a layout says of a model at some sizes: an ``Outline``, or what was traced."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """Every rank's tensors."""
+
+    @property
+    def dropped(self) -> Mapping[str, str]:
+        """Source tensor -> why."""
+
+    @property
+    def copies(self) -> Mapping[str, str]:
+        """Source tensor -> the one that it equals."""
+
+    @property
+    def amendments(self) -> Mapping[str, Any]:
+        """Keys of config.json -> what they must be."""
+
+
+def files(old: FileLayout, new: FileLayout) -> list[str]:
+    """What changed between two layout files of one model: the engine, the model's class, and what it makes of it."""
+    found = []
+    for what, was, now in (
+        ("engine", f"{old.engine} {old.engine_version}", f"{new.engine} {new.engine_version}"),
+        ("class of the model", old.model_class, new.model_class),
+        ("dtype", old.dtype.name, new.dtype.name),
+    ):
+        if was != now:
+            found.append(f"the {what} is {now} instead of {was}")
+    other = [
+        name
+        for name in sorted(old.tensors.keys() | new.tensors.keys())
+        if old.tensors.get(name) != new.tensors.get(name)
+    ]
+    if other:
+        found.append(f"they are of different checkpoints: {len(other)} source tensors differ, first {other[0]!r}")
+    before, after = ({one.parallel: one for one in layout.traced} for layout in (old, new))
+    said = {sizes: traces(before[sizes], after[sizes]) for sizes in before if sizes in after}
+    everywhere = [s for s in next(iter(said.values()), []) if all(s in of for of in said.values())]
+    found += everywhere
+    for sizes, sentences in said.items():
+        found += [f"at {sizes}: {sentence}" for sentence in sentences if sentence not in everywhere]
+    for these, others, what in ((before, after, "old"), (after, before, "new")):
+        if alone := [str(sizes) for sizes in these if sizes not in others]:
+            found.append(f"only the {what} layout is for {', '.join(alone)}")
     return found
 
 
-def outlines(old: Outline, new: Outline) -> list[str]:
-    """What changed between two outlines of one model, at one size."""
+def traces(old: Traced, new: Traced) -> list[str]:
+    """What changed between two traces at one size."""
+    return [
+        *outlines(old, new),
+        *_mappings(old.aliases, new.aliases, "the name {} shares the memory", lambda kept: f" of {kept!r}"),
+        *_mappings(
+            old.uninitialised, new.uninitialised, "elements of {} are left as memory happens to be", lambda n: f": {n}"
+        ),
+    ]
+
+
+def outlines(old: Said, new: Said) -> list[str]:
+    """What changed between two outlines of one model, at one size. Reasons are words and not looked at."""
+    dropped = (dict.fromkeys(one.dropped, "") for one in (old, new))
     return [
         *recipes(old.recipe, new.recipe),
-        *_mappings(old.dropped, new.dropped, "the source tensor {} is dropped", lambda why: f": {why}"),
-        *_mappings(old.copies, new.copies, "the source tensor {} is kept as a copy", lambda of: f" of {of!r}"),
-        *_mappings(old.amendments, new.amendments, "config.json is made to say {}", lambda value: f" {value!r}"),
+        *_mappings(*dropped, "the source tensor {} is dropped", lambda _why: ""),
+        *_mappings(old.copies, new.copies, "the source tensor {} is left out as a copy", lambda of: f" of {of!r}"),
+        *_mappings(
+            old.amendments, new.amendments, "the setting {} of config.json is made", lambda value: f" {value!r}"
+        ),
     ]
 
 
@@ -165,7 +213,7 @@ def _same(old: Sequence[Piece], new: Sequence[Piece]) -> bool:
         for a in old:
             for b in new:
                 met = join(a.dst, a.src, b.dst, b.src)
-                equal += sum(mine.size for mine, other in met if simplify(mine, other) == simplify(other, mine))
+                equal += sum(mine.size for mine, other in met if mine == other)
     except UnsupportedTransform:
         return False
     return equal == sum(p.dst.size for p in old) == sum(p.dst.size for p in new)
@@ -190,7 +238,8 @@ def _renamed(gone: Mapping[str, Held], fresh: Mapping[str, Held]) -> list[tuple[
 
 def _ending(name: str) -> Hashable:
     """The layer and the last part of a name."""
-    return number_in(name) and number_in(name)[1], name.rpartition(".")[2]  # type: ignore[index]
+    found = number_in(name)
+    return None if found is None else found[1], name.rpartition(".")[2]
 
 
 def _anything(_name: str) -> Hashable:
@@ -223,9 +272,9 @@ def _mappings(old: Mapping[str, Any], new: Mapping[str, Any], what: str, why: Ca
         if name in old and name in new:
             if old[name] == new[name]:
                 continue
-            change = f"{why(new[name])}, not{why(old[name]).removeprefix(':')}"
+            change = f"{why(new[name])} (it was{why(old[name])})"
         else:
-            change = why(new[name]) if name in new else " no longer" + why(old[name])
+            change = f" now{why(new[name])}" if name in new else f" no longer{why(old[name])}"
         found_number = number_in(name)
         number = -1 if found_number is None else found_number[1]
         template = name if number < 0 else slotted(name, number, SLOT)

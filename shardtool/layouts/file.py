@@ -3,7 +3,7 @@
 ``shardtool trace`` writes it where the engine is installed; ``--layout FILE`` uses it anywhere. ``docs/layouts.md``
 specifies it::
 
-    engine, engine_version, class, dtype      whose layout it is
+    engine, engine_version, class, dtype      whose layout it is (moe_backend too, where the shapes depend on it)
     tensors                                   the checkpoint that it is for, as the manifest keeps inventories
     layouts                                   for each sizes of groups: the recipe of every rank, what is not loaded,
                                               names that share memory, tensors with memory that nothing fills, config
@@ -34,9 +34,10 @@ TIE = "tie_word_embeddings"
 class Traced:
     """What was seen at some sizes.
 
-    ``tied``: the names of a head and of the embedding that the engine holds once where the checkpoint has them equal.
     ``aliases``: names that share the memory of another, which is the one that is stored. ``uninitialised``: targets and
-    how many of their elements the engine leaves as memory happens to be.
+    how many of their elements the engine leaves as memory happens to be. ``untied``: config.json ties head and
+    embedding, but the checkpoint has both and the engine loads both; ``tied``: the names of the two targets where it
+    then compares them and holds one if they are equal.
     """
 
     parallel: Parallel
@@ -46,6 +47,7 @@ class Traced:
     amendments: Mapping[str, Any] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     uninitialised: Mapping[str, int] = field(default_factory=dict)
+    untied: bool = False
     tied: tuple[str, str] | None = None
 
 
@@ -59,12 +61,14 @@ class FileLayout:
     dtype: DType
     tensors: Mapping[str, Logical]
     traced: tuple[Traced, ...]
+    moe_backend: str | None = None
     where: str = "the layout file"
 
     @property
     def title(self) -> str:
         """How people name it."""
-        return f"the trace of {self.engine} {self.engine_version} ({self.model_class})"
+        backend = "" if self.moe_backend is None else f", MoE backend {self.moe_backend}"
+        return f"the trace of {self.engine} {self.engine_version} ({self.model_class}{backend})"
 
     @property
     def dtypes(self) -> tuple[str, ...]:
@@ -78,6 +82,7 @@ class FileLayout:
             "engine_version": self.engine_version,
             "kind": KIND,
             "class": self.model_class,
+            **({} if self.moe_backend is None else {"moe_backend": self.moe_backend}),
         }
 
     def outline(self, model: Model, parallel: Parallel) -> Outline:
@@ -95,15 +100,15 @@ class FileLayout:
             for name, count in found.uninitialised.items()
         ]
         recipe, copies, amendments = found.recipe, dict(found.copies), dict(found.amendments)
-        if found.tied is not None:
-            rules = {rule.name: rule for rule in recipe.rules if rule.name in found.tied}
-            head, embedding = (_source(rules[name]) for name in found.tied)
-            if head is not None and embedding is not None and model.equal(head, embedding):
-                recipe = _once(recipe, rules, found.tied)
-                copies[head] = embedding
-            else:
+        if found.untied:
+            equal = _equal(found, model)
+            if equal is not None and found.tied is not None:
+                recipe = _once(recipe, found.tied)
+                copies[equal[0]] = equal[1]
+            else:  # the engine's loader of shards does not look for an own head: config.json has to say it
                 amendments.update(_untied(model.config))
-        return Outline(recipe, found.dropped, copies, amendments, tuple(notes))
+        computed = dict.fromkeys(_computed(recipe), f"the shards hold what {self.engine} computes of it")
+        return Outline(recipe, {**computed, **found.dropped}, copies, amendments, tuple(notes))
 
     def _check_tensors(self, tensors: Mapping[str, Logical]) -> None:
         """Refuse a checkpoint with other tensors than the traced one had."""
@@ -120,17 +125,38 @@ class FileLayout:
                 )
 
 
+def _computed(recipe: Recipe) -> list[str]:
+    """The source tensors that go into programs and that no rank holds as they are."""
+    inside: set[str] = set()
+    for rule in recipe.rules:
+        for name in {name for program in rule.programs() for name in program.sources()}:
+            inside.update(_filled(name, rule.index))
+    if inside:
+        for rule in recipe.rules:
+            for name in rule.sources():
+                inside.difference_update(_filled(name, rule.index))
+    return sorted(inside)
+
+
+def _equal(traced: Traced, model: Model) -> tuple[str, str] | None:
+    """The source tensors of a head and of the embedding, if they are equal."""
+    if traced.tied is None:
+        return None
+    rules = {rule.name: rule for rule in traced.recipe.rules if rule.name in traced.tied}
+    head, embedding = (_source(rules[name]) for name in traced.tied)
+    return (head, embedding) if head and embedding and model.equal(head, embedding) else None
+
+
 def _source(rule: Rule) -> str | None:
     """The one source tensor that a rule cuts."""
     names = {str(piece.source) for share in rule.shares for piece in share.expanded()}
     return names.pop() if len(names) == 1 else None
 
 
-def _once(recipe: Recipe, rules: Mapping[str, Rule], tied: tuple[str, str]) -> Recipe:
+def _once(recipe: Recipe, tied: tuple[str, str]) -> Recipe:
     """The recipe with head and embedding as one tensor, under the smaller name, cut from the embedding."""
-    name = min(tied)
-    embedding = rules[tied[1]]
-    one = Rule(name, embedding.dtype, embedding.shares, embedding.index)
+    (embedding,) = (rule for rule in recipe.rules if rule.name == tied[1])
+    one = Rule(min(tied), embedding.dtype, embedding.shares, embedding.index)
     kept = [rule for rule in recipe.rules if rule.name not in tied]
     return Recipe(tuple(sorted([*kept, one], key=lambda rule: (rule.name, rule.index))))
 
@@ -147,11 +173,20 @@ def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
 def of_manifest(made: Manifest, where: str) -> FileLayout:
     """The layout that a manifest recorded, for the sizes that its shards have."""
     record = made.layout
-    traced = Traced(made.parallel, made.recipe, {d.name: d.reason for d in made.dropped}, made.copies, made.amendments)
-    return FileLayout(
-        _text(record["engine"]), _text(record["engine_version"]), _text(record["class"]), made.dtype, made.inventory,
-        (traced,), where,
-    )  # fmt: skip
+    dropped = {found.name: found.reason for found in made.dropped}
+    try:
+        return FileLayout(
+            _text(record["engine"]),
+            _text(record["engine_version"]),
+            _text(record["class"]),
+            made.dtype,
+            made.inventory,
+            (Traced(made.parallel, made.recipe, dropped, made.copies, made.amendments),),
+            _backend(record),
+            where,
+        )
+    except (KeyError, TypeError) as error:
+        raise FormatError(f"{where}: the layout is damaged ({error!r:.200})") from None
 
 
 # JSON
@@ -165,6 +200,7 @@ def encode(layout: FileLayout) -> bytes:
         "engine_version": layout.engine_version,
         "class": layout.model_class,
         "dtype": layout.dtype.name,
+        **({} if layout.moe_backend is None else {"moe_backend": layout.moe_backend}),
         "tensors": inventory.pack(layout.tensors),
         "layouts": [_traced_to_json(traced) for traced in layout.traced],
     }
@@ -181,6 +217,7 @@ def _traced_to_json(traced: Traced) -> dict[str, Any]:
         "amendments": dict(traced.amendments),
         "aliases": dict(traced.aliases),
         "uninitialised": dict(traced.uninitialised),
+        "untied": traced.untied,
         **({} if traced.tied is None else {"tied": list(traced.tied)}),
     }
 
@@ -202,6 +239,7 @@ def decode(data: bytes, where: str) -> FileLayout:
             DType[table["dtype"]],
             inventory.unpack(table["tensors"]),
             tuple(_traced(entry, where) for entry in table["layouts"]),
+            _backend(table),
             where,
         )
         for traced in layout.traced:
@@ -209,6 +247,11 @@ def decode(data: bytes, where: str) -> FileLayout:
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise FormatError(f"{where} is damaged: {repr(error)[:300]}") from None
     return layout
+
+
+def _backend(table: Mapping[str, Any]) -> str | None:
+    """The MoE backend for which the shapes are, where one was named."""
+    return _text(table["moe_backend"]) if "moe_backend" in table else None
 
 
 def _traced(entry: Mapping[str, Any], where: str) -> Traced:
@@ -224,6 +267,7 @@ def _traced(entry: Mapping[str, Any], where: str) -> Traced:
         _table(entry["amendments"]),
         _texts(entry["aliases"]),
         {_text(name): _count(count) for name, count in _table(entry["uninitialised"]).items()},
+        bool(entry["untied"]),
         tied,
     )
 

@@ -11,20 +11,17 @@ entry stands for several elements of the weight, these stay together: a split th
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from shardtool.errors import PlanError, UnsupportedModel, UsageError
-from shardtool.layouts import compressed, schemes, sizes
+from shardtool.layouts import cache_scales, compressed, schemes, sizes, splits
 from shardtool.layouts.base import Parallel
 from shardtool.layouts.packed import MX_BACKENDS, REFINED
 from shardtool.layouts.rules import Dims
 from shardtool.layouts.schemes import REFUSES, Form, Held, Module, Part, Scheme
 from shardtool.layouts.tables.language import TIE, Family, Row, holds, numbers
-from shardtool.layouts.vocabulary import RULES
 from shardtool.mosaic import Logical
 from shardtool.recipe import SLOT, filled
 
@@ -56,8 +53,6 @@ _TURNED = {
     "vocab": "row",
 }
 _EACH = {"qkv": "three_scalars", "gate_up": "two_scalars", "latent": "two_scalars"}
-_INWARD = frozenset({"row", "from_heads"})
-"""The rules that cut the inputs of a layer."""
 _KINDS = {"qkv": "QKVParallelLinear", "gate_up": "MergedColumnParallelLinear", "latent": "MergedColumnParallelLinear"}
 _MX = {
     "swapped_gate_up": ("mx_gate_up", "mx_gate_up_scale"),
@@ -65,24 +60,12 @@ _MX = {
     "pairs_bias": ("mx_gate_up_bias", ""),
     "bias_once": ("mx_down_bias", ""),
 }
-_CACHE: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(old), new)
-    for old, new in (
-        (r"\.kv_scale$", r".attn.k_scale"),
-        (r"\.self_attn\.[kv]_proj\.([kv])_scale$", r".self_attn.attn.\1_scale"),
-        (r"\.self_attn\.qk(?:qk)?v_proj\.([kv])_scale$", r".self_attn.attn.\1_scale"),
-        (r"\.self_attn\.q\.scale$", r".self_attn.attn.q_scale"),
-        (r"\.self_attn\.([kv])_cache\.scale$", r".self_attn.attn.\1_scale"),
-        (r"(?<!\.attn)\.([qkv])_scale$", r".attn.\1_scale"),
-        (r"(?<!\.attn)\.([qkv])_zero_point$", r".attn.\1_zero_point"),
-    )
-)
-"""Checkpoints' names of the scales of keys and values -> the engine's (``get_cache_scale_mapper``)."""
-_CACHE_FP8 = (
-    *((re.compile(rf"\.{x}_proj\.output_scale$"), f".attn.{x}_scale") for x in "kvq"),
-    (re.compile(r"\.self_attn\.prob_output_scale$"), ".self_attn.attn.prob_scale"),
-)
-_CACHE_ENDS = re.compile(r"\.attn\.([qkv]_(scale|zero_point)|prob_scale)$")
+_WHOLE = {
+    "deepseek_v2": (".self_attn.kv_a_proj_with_mqa.weight",),
+    "deepseek_v3": (".self_attn.kv_a_proj_with_mqa.weight",),
+    "qwen3_moe": (".mlp.gate.weight",),
+}
+"""The linear layers that every rank holds whole, where they can be quantized."""
 _LAST = "of a fused layer the engine keeps that of its last part"
 _DROPS = {".g_idx": "the order of GPTQ's groups, which the engine does not use"}
 
@@ -185,7 +168,11 @@ class _Work:
     def _linears(self) -> Iterator[tuple[Row, Module, int | None]]:
         """Every linear layer that the model has."""
         for row in self.family.rows:
-            if _kind(row) and _kind(row) != "vocab" and holds(row.when, self.dims.config):
+            if (
+                _kind(row, self.family.name)
+                and _kind(row, self.family.name) != "vocab"
+                and holds(row.when, self.dims.config)
+            ):
                 for i in self._numbers(row):
                     yield row, _named(row, i), i
 
@@ -193,7 +180,7 @@ class _Work:
         """The rows in place of one."""
         if not holds(row.when, self.dims.config):
             return
-        kind = _kind(row)
+        kind = _kind(row, self.family.name)
         if kind:
             yield from self._linear(row, kind)
         elif ".routed_experts." in row.to:
@@ -201,7 +188,8 @@ class _Work:
         else:
             yield row
             if self.scheme.attention and row.to.endswith("._k_scale") and ".mla_attn." not in row.to:
-                yield from self._attention(row)
+                held = cache_scales.held(self.names, self.scheme.attention)
+                yield from cache_scales.rows(row, self.scheme.attention, held, tuple(self._numbers(row)))
 
     def _each(self, row: Row, forms: Mapping[int | None, Form | None]) -> Iterator[tuple[Row, Form | None]]:
         """The row for each form that its layers have."""
@@ -243,12 +231,17 @@ class _Work:
             shapes = tuple(tuple(tensor.shape if tensor else ()) for tensors in found for tensor in tensors)
             if shapes not in seen:
                 seen.add(shapes)
-                wide = [_weight(form.parts[0], tensors[0]) for tensors in found if tensors[0]]
-                for module, tensors, (outputs, inputs) in zip(modules, found, wide, strict=True):
+                wide = []
+                for module, tensors in zip(modules, found, strict=True):
                     for part, tensor in zip(form.parts, tensors, strict=True):
+                        name = filled(f"{module}.{part.name}", i)
+                        if part is form.parts[0] and tensor is not None:
+                            wide.append(splits.weight_size(name, part, tensor))
                         if tensor is not None:
-                            _check_shape(filled(f"{module}.{part.name}", i), part, tensor, outputs, inputs)
-                self._check_split(row, form, kind, i, wide)
+                            splits.check_shape(name, part, tensor, wide[-1])
+                target = filled(row.to, i)
+                splits.check_size(target, row, kind, wide, self.dims)
+                splits.check_split(target, form, kind, wide, self.dims, self.parallel.tp)
 
     def _modules(self, row: Row, i: int | None) -> tuple[str, ...]:
         """The names of the modules from which a row's weight comes, as the checkpoint has them."""
@@ -265,51 +258,6 @@ class _Work:
             if found is not None:
                 return found
         return None
-
-    def _check_split(self, row: Row, form: Form, kind: str, i: int | None, wide: list[tuple[int, int]]) -> None:
-        target, tp = filled(row.to, i), 1 if kind in ("latent", "copy") else self.parallel.tp
-        if row.size:
-            said, size = sizes.SIZES[row.size]
-            want = size(self.dims)
-            times = RULES[row.rule].parts if len(wide) == 1 else 1
-            for outputs, inputs in wide:
-                held = inputs if kind in _INWARD else outputs
-                if held != (want if kind in _INWARD else want * times):
-                    raise PlanError(
-                        f"tensor {target!r}: its source has the size {held}, but {said} in config.json is {want}"
-                    )
-        if kind in _INWARD:
-            self._check_inputs(target, form, wide[0][1], tp)
-            return
-        unit = math.lcm(*(part.outputs for part in form.parts if part.how in ("cut", "turned")))
-        parts = self._outputs(kind, wide, tp)
-        for n in parts if tp > 1 else parts[:-1]:
-            if n % unit:
-                raise PlanError(
-                    f"tensor {target!r}: a rank of --tp {tp} gets {n:g} of its outputs, which are not whole blocks "
-                    f"or packs of {unit}; use a tp where they are"
-                )
-
-    def _outputs(self, kind: str, wide: list[tuple[int, int]], tp: int) -> list[float]:
-        """The outputs that each rank has of each part."""
-        if kind == "qkv":
-            q, kv = self.dims.heads * self.dims.head_dim, self.dims.head_dim * max(1, self.dims.kv_heads / tp)
-            return [q / tp, kv, kv]
-        if len(wide) == 1 and kind == "gate_up":
-            return [wide[0][0] / 2 / tp] * 2
-        if kind == "vocab":
-            return [-(-outputs // 64) * 64 / tp for outputs, _ in wide]
-        return [outputs / tp for outputs, _ in wide]
-
-    def _check_inputs(self, target: str, form: Form, inputs: int, tp: int) -> None:
-        unit = math.lcm(*(part.inputs for part in form.parts if part.how in ("cut", "turned") and part.inputs))
-        if tp > 1 and inputs % (tp * unit):
-            raise PlanError(
-                f"tensor {target!r}: a rank of --tp {tp} gets {inputs / tp:g} of its {inputs} inputs, which are not "
-                f"whole groups, blocks or packs of {unit}; use a tp where they are"
-            )
-        if tp > 1 and self.scheme.title == "awq" and any(part.inputs == 0 for part in form.parts):
-            raise PlanError(f"tensor {target!r}: awq without groups cannot be split by --tp {tp}; {REFUSES}")
 
     # Experts.
 
@@ -376,32 +324,15 @@ class _Work:
                 f"the checkpoint has no tensor {filled(row.of[0], i)!r} for each expert; quantized experts in other "
                 f"tensors are not ones that the tables know"
             )
-        found = self._tensor(f"{_module(row.of[0])}.{scale.name}", i)
-        outputs, inputs = weight.shape
+        name = f"{_module(row.of[0])}.{scale.name}"
+        found = self._tensor(name, i)
         if found is not None:
-            _check_shape(filled(f"{_module(row.of[0])}.{scale.name}", i), scale, found, outputs, inputs)
+            splits.check_shape(filled(name, i), scale, found, weight.shape[:2])
         if scale.how != "cut":
             return 1
-        size, hidden = (outputs, inputs) if row.rule == "experts_gate_up" else (inputs, outputs)
-        tp = 1 if self.parallel.ep else self.parallel.tp
-        mine, target = size // tp, filled(row.to, i)
-        if size % tp:
-            raise PlanError(
-                f"tensor {target!r}: the size of the experts {size} cannot be divided by --tp {tp}; {REFUSES}"
-            )
-        if mine % scale.outputs == 0 and (tp == 1 or mine % scale.inputs == 0):
-            return 1
-        fine = math.gcd(scale.outputs, scale.inputs, mine, hidden)
-        said = (
-            f"a rank of --tp {tp} gets {mine} of the {size} outputs of each expert, which are not whole blocks of "
-            f"{scale.outputs}"
-        )
-        if self.dims.config.get("moe_backend") not in (None, "auto", "triton"):
-            raise UnsupportedModel(f"tensor {target!r}: {said}; what other kernels than triton do then is not known")
-        factor = scale.outputs // fine
-        if fine < 32 or scale.outputs != scale.inputs or factor not in REFINED:
-            raise PlanError(f"tensor {target!r}: {said}; {REFUSES}")
-        return factor
+        size, hidden = weight.shape[:2] if row.rule == "experts_gate_up" else weight.shape[1::-1]
+        ranks = 1 if self.parallel.ep else self.parallel.tp
+        return splits.finer(filled(row.to, i), scale, size, hidden, ranks, self.dims.config.get("moe_backend"))
 
     def _finer_held(self, row: Row, i: int | None, scale: Part) -> int:
         """The same, told from the shapes that a rank holds."""
@@ -414,53 +345,11 @@ class _Work:
         )
         return next((factor for factor in REFINED if blocks == -(-hidden // scale.outputs) * factor), 1)
 
-    # Attention.
-
-    def _attention(self, row: Row) -> Iterator[Row]:
-        """The scales that the scheme gives to an attention layer: the checkpoint's, or a value for none."""
-        at = row.to.removesuffix("_k_scale")
-        if self.scheme.attention == "fp8":
-            rows = [Row("minus_one", f"{at}{x}_scale") for x in ("k", "prob", "q", "v")]
-            rule = "bare_scalar"
-        else:
-            rows = [Row("one", f"{at}{x}_scale", dtype="F32") for x in "kqv"]
-            rows += [Row("zero", f"{at}{x}_zero_point") for x in "kqv"]
-            rule = "one_scalar"
-        held = self._cache()
-        head = at.partition(SLOT)[0]
-        for made in rows:
-            made = replace(made, when=row.when, layers=row.layers, stage=row.stage)
-            groups: dict[str, list[int | None]] = {}
-            for i in self._numbers(row):
-                sources = held.get(filled(made.to, i), [])
-                if len(sources) > 1:
-                    raise PlanError(
-                        f"tensor {filled(made.to, i)!r}: the checkpoint holds it as {sources[0]!r} and {sources[1]!r}"
-                    )
-                of = sources[0] if sources else ""
-                groups.setdefault(of.replace(f"{head}{i}.", f"{head}{SLOT}.", 1), []).append(i)
-            for of, some in groups.items():
-                one = replace(made, rule=rule, of=(of,)) if of else made
-                yield one if len(groups) == 1 else replace(one, layers=",".join(map(str, some)))
-
-    def _cache(self) -> dict[str, list[str]]:
-        """Scales of keys and values: the engine's name -> the checkpoint's names."""
-        found: dict[str, list[str]] = {}
-        patterns = (*_CACHE_FP8, *_CACHE) if self.scheme.title == "fp8" else _CACHE
-        for name in self.names:
-            if name.endswith(("_scale", ".scale", "_zero_point")):
-                to = name
-                for pattern, new in patterns:
-                    to = pattern.sub(new, to)
-                if _CACHE_ENDS.search(to):
-                    found.setdefault(to, []).append(name)
-        return found
-
     # What is left.
 
     def drops(self, rows: tuple[Row, ...]) -> dict[str, str]:
         """Sources that the engine does not take, and why."""
-        held = {name for names in self._cache().values() for name in names}
+        held = {name for names in cache_scales.held(self.names, self.scheme.attention).values() for name in names}
         found = dict.fromkeys(sorted(held), "a scale of the attention, which the engine's model does not have")
         names = {row.to.rpartition(".")[2] for row in rows}
         for name in ("weight_shape", "input_zero_point", "input_scale"):
@@ -499,13 +388,13 @@ class _Work:
         return short if short and same else names
 
 
-def _kind(row: Row) -> str:
+def _kind(row: Row, family: str) -> str:
     """The rule by which a linear layer's weight is cut; empty for what is none."""
     if not row.to.endswith(".weight"):
         return ""
     if row.rule in _TURNED and row.rule not in ("copy", "vocab"):
         return row.rule
-    if row.rule == "copy" and row.to.endswith(".kv_a_proj_with_mqa.weight"):
+    if row.rule == "copy" and row.of[0].endswith(_WHOLE.get(family, ())):
         return "copy"
     return "vocab" if row.rule == "vocab" and row.to == "lm_head.weight" == row.of[0] else ""
 
@@ -532,35 +421,12 @@ def _part(row: Row, part: Part, kind: str) -> Row:
     if part.how in ("last", "final"):
         of, instead = of[-1:], instead[-1:]
     rule = _TURNED[kind] if part.how == "turned" else _CUT.get(kind, kind)
-    if part.how == "each":
+    if kind == "vocab" and part.outputs > 1 and part.how == "cut":
+        rule = "column"
+    elif part.how == "each":
         rule = _EACH.get(kind, "one_scalar")
     elif part.how in ("last", "final"):
         rule = "copy" if part.how == "last" else "one_scalar"
-    elif kind in _INWARD and not part.inputs:
+    elif kind in splits.INWARD and not part.inputs:
         rule = "copy"
     return replace(row, rule=rule, to=to, of=of, instead=instead, size="", dtype=part.dtype)
-
-
-def _weight(part: Part, tensor: Logical) -> tuple[int, int]:
-    """The outputs and inputs of the weight that a tensor of packed or small numbers stands for."""
-    if len(tensor.shape) != 2:
-        raise PlanError(f"a tensor {part.name!r} has the shape {list(tensor.shape)}, not rows and columns")
-    outputs, inputs = tensor.shape[::-1] if part.how == "turned" else tensor.shape
-    return outputs * part.outputs, inputs * part.inputs
-
-
-def _check_shape(name: str, part: Part, tensor: Logical, outputs: int, inputs: int) -> None:
-    """Refuse a part of another shape than its weight has."""
-    if part.how == "last":
-        return
-    if part.how in ("each", "final"):
-        if math.prod(tensor.shape) != 1:
-            raise PlanError(f"tensor {name!r} has the shape {list(tensor.shape)}, which is not one number")
-        return
-    want = (-(-outputs // part.outputs), -(-inputs // part.inputs) if part.inputs else 1)
-    want = want[::-1] if part.how == "turned" else want
-    if tensor.shape != want:
-        raise PlanError(
-            f"tensor {name!r} has the shape {list(tensor.shape)}, but a weight of {outputs} outputs and {inputs} "
-            f"inputs has {list(want)} with the quantization settings in config.json"
-        )

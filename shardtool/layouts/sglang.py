@@ -128,9 +128,7 @@ CHANGES: Mapping[str, Change] = {
             _EXPERTS,
         ),
         dtypes=(("_weight_bias", "F32"),),
-        notes=(
-            ("", "start SGLang with --moe-runner-backend triton: the triton_kernel backend stores experts otherwise"),
-        ),
+        notes=(("", _TRITON),),
     ),
     "deepseek_v2": _LATENT,
     "deepseek_v3": replace(_LATENT, notes=(("n_routed_experts=256 & n_shared_experts=1", _FUSED),)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from shardtool.errors import PlanError
+from shardtool.errors import PlanError, UnsupportedModel
 from shardtool.layouts.rules import Dims
 from shardtool.layouts.tables.language import Family, setting
 from shardtool.parallel import Parallel
@@ -56,6 +56,11 @@ SIZES: dict[str, tuple[str, Callable[[Dims], int]]] = {
     "inner": ("n_inner, else 4 times hidden_size,", lambda dims: _inner(dims.config)),
     "intermediate": ("intermediate_size", lambda dims: integer(dims.config, "intermediate_size")),
     "merger": ("vision_config.hidden_size times spatial_merge_size squared", lambda dims: _merger(dims.config)),
+    "opt positions": (
+        "max_position_embeddings and 2 more",
+        lambda dims: integer(dims.config, "max_position_embeddings") + 2,
+    ),
+    "positions": ("max_position_embeddings", lambda dims: integer(dims.config, "max_position_embeddings")),
     "sinks": ("num_attention_heads", lambda dims: dims.heads),
     "vision": ("vision_config.hidden_size", lambda dims: integer(dims.config, "vision_config.hidden_size")),
     "vision_intermediate": (
@@ -184,11 +189,22 @@ def _gpt_oss(dims: Dims, parallel: Parallel) -> None:
         )
 
 
+def _latent(dims: Dims, _parallel: Parallel) -> None:
+    """The models that the engine runs with latent attention (``model_arch_config_convertor.py``)."""
+    kind = dims.config.get("model_type")
+    if kind not in ("deepseek_v2", "deepseek_v3", "kimi_k2"):
+        raise UnsupportedModel(
+            f"config.json says model_type {kind!r:.60}, which the engine may run with another attention than the "
+            f"latent one that this table knows"
+        )
+
+
 LIMITS: dict[str, Callable[[Dims, Parallel], None]] = {
     "an expert each": _an_expert_each,
     "experts in every stage": _in_every_stage(""),
     "late experts in every stage": _in_every_stage("late"),
     "qwen experts in every stage": _in_every_stage("qwen sparse"),
     "gpt_oss": _gpt_oss,
+    "latent attention": _latent,
 }
-"""What ``Family.limits`` may name: checks of the sizes of the groups that raise ``PlanError``."""
+"""What ``Family.limits`` may name: checks that raise ``PlanError`` or ``UnsupportedModel``."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from shardtool.dtypes import FLOATS, DType, castable
+from shardtool.dtypes import DType, castable
 from shardtool.errors import FormatError, PlanError, UnsupportedModel, UnsupportedTransform, UsageError
 from shardtool.layouts import blocks
 from shardtool.layouts.base import Model, Outline, Parallel
@@ -246,8 +246,8 @@ class TransformersLayout:
         return next(iter(found))
 
     def _shares(self, name: str, to: str, made: Blocks, tp: int) -> tuple[Share, ...]:
-        cut = self._cut(to, len(made.shape))
-        if cut.dim is None or tp == 1:
+        cut = Cut(None) if tp == 1 else self._cut(to, len(made.shape))
+        if cut.dim is None:
             return (Share(tuple(range(tp)), made.shape, blocks.pieces(made)),)
         self._heads_whole(name, made.shape, cut, tp)
         shares = []
@@ -339,7 +339,7 @@ def _experts(name: str, row: Row) -> tuple[str, ...]:
 
 def _dtype(said: str, model: DType, own: DType) -> DType:
     """The dtype of a target whose row says this."""
-    if said == "same" or own not in FLOATS:
+    if said == "same":
         return own
     if said == "F32" or (said == "half" and model is DType.F16):
         return DType.F32

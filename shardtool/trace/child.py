@@ -12,9 +12,10 @@ import gc
 import json
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -37,7 +38,40 @@ Done = Callable[[], None]
 """Called after each rank."""
 
 
-def trace(engine: Any, sizes: Parallel, sources: Sources, done: Done) -> dict[str, Any]:
+class Engine(Protocol):
+    """An engine in this process, for one model: what an adapter room is.
+
+    ``config`` is whatever the room hands over for one rank.
+    """
+
+    version: str
+
+    def dtype(self, parallel: Parallel) -> torch.dtype:
+        """The dtype in which it runs the model."""
+
+    def architecture(self, parallel: Parallel) -> str:
+        """The class of the model."""
+
+    def rank(self, parallel: Parallel, rank: int) -> AbstractContextManager[Any]:
+        """The process as one rank of some sizes; gives its configuration."""
+
+    def construct(self, config: Any) -> torch.nn.Module:
+        """The rank's model, on the meta device."""
+
+    def load(self, config: Any, model: torch.nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Load the model's weights as the engine would from files."""
+
+    def untied(self, config: Any) -> bool:
+        """Whether it loads a head of the checkpoint's own although config.json says that the embedding is the head."""
+
+    def tied(self, config: Any, model: torch.nn.Module) -> tuple[str, str] | None:
+        """The names of such a head and of the embedding, where it holds them once if they are equal."""
+
+    def amendments(self, config: Any, sources: Sources) -> dict[str, Any]:
+        """What config.json must say of shards."""
+
+
+def trace(engine: Engine, sizes: Parallel, sources: Sources, done: Done) -> dict[str, Any]:
     """Every rank of some sizes: recipe, aliases, tensors that nothing fills."""
     folding = Folding()
     aliases: dict[str, str] = {}
@@ -53,7 +87,7 @@ def trace(engine: Any, sizes: Parallel, sources: Sources, done: Done) -> dict[st
             with tape:
                 engine.load(config, model, _weights(log, sources))
             tied = tied or engine.tied(config, model)
-            amendments = engine.amendments(config, sources)
+            untied, amendments = engine.untied(config), engine.amendments(config, sources)
         targets, others = kept(log, model.state_dict())
         if late := sorted(targets.keys() - built):
             raise Refused(
@@ -80,11 +114,12 @@ def trace(engine: Any, sizes: Parallel, sources: Sources, done: Done) -> dict[st
         "unused": sorted(set(sources) - _used(recipe)),
         "aliases": aliases,
         "uninitialised": uninitialised,
+        "untied": untied,
         **({} if tied is None else {"tied": list(tied)}),
     }
 
 
-def shapes(engine: Any, sizes: Parallel, done: Done) -> dict[str, Any]:
+def shapes(engine: Engine, sizes: Parallel, done: Done) -> dict[str, Any]:
     """What every rank of some sizes holds: name -> dtype and shape, aliases left out."""
     ranks = []
     for rank in sizes.ranks:
@@ -125,7 +160,7 @@ def _sources(folder: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     return {entry.name: (entry.dtype.torch(), entry.shape) for entry in header.parse(text, size, WEIGHTS).entries}
 
 
-def _engine(job: Mapping[str, Any]) -> Any:
+def _engine(job: Mapping[str, Any]) -> Engine:
     room: Any
     if job["engine"] == "vllm":
         from shardtool.trace import vllm as room
@@ -133,13 +168,14 @@ def _engine(job: Mapping[str, Any]) -> Any:
         from shardtool.trace import sglang as room
     else:
         raise ValueError(f"{job['engine']!r} is not an engine that can be traced")
-    return room.Engine(
+    engine: Engine = room.Engine(
         Path(job["folder"]),
         dtype=job["dtype"],
         trust_remote_code=job["trust_remote_code"],
         moe_backend=job["moe_backend"],
         load_format="auto" if job["do"] == "trace" else "sharded_state",
     )
+    return engine
 
 
 def run(job: Mapping[str, Any]) -> dict[str, Any]:

@@ -105,6 +105,7 @@ def trace(
                 amendments=entry["amendments"],
                 aliases=entry["aliases"],
                 uninitialised=entry["uninitialised"],
+                untied=bool(entry["untied"]),
                 tied=None if tied is None else (tied[0], tied[1]),
             )
         )
@@ -115,6 +116,7 @@ def trace(
         DType[out["dtype"]],
         job.tensors,
         tuple(traced),
+        job.moe_backend,
         f"the trace of {job.uri}",
     )
 

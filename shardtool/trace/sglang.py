@@ -108,6 +108,10 @@ class Engine:
 
         DefaultModelLoader.load_weights_only(model, iter(weights), torch.device("meta"))
 
+    def untied(self, config: Any) -> bool:
+        """Whether it loads a head of the checkpoint's own although config.json says that the embedding is the head."""
+        return False
+
     def tied(self, config: Any, model: torch.nn.Module) -> tuple[str, str] | None:
         """Nothing: it believes config.json, whatever head the checkpoint has."""
         return None

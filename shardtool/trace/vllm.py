@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import copy
 from pathlib import Path
@@ -149,12 +149,16 @@ class Engine:
 
         Loader(config.load_config).load_weights(model, config.model_config)
 
+    def untied(self, config: Any) -> bool:
+        """Whether it loads a head of the checkpoint's own although config.json says that the embedding is the head."""
+        return bool(getattr(config.model_config, "word_embeddings_untied_by_checkpoint", False))
+
     def tied(self, config: Any, model: torch.nn.Module) -> tuple[str, str] | None:
         """The head and the embedding that it would tie again if the checkpoint has them equal, by their tensors' names.
 
         0.31 and later look into a checkpoint whose config says that they are tied.
         """
-        if not getattr(config.model_config, "word_embeddings_untied_by_checkpoint", False):
+        if not self.untied(config):
             return None
         from vllm.model_executor.model_loader import weight_tying
 
@@ -260,14 +264,14 @@ class _NoKernel:
 
 @contextmanager
 def _without_kernels() -> Iterator[None]:
-    """Quantized layers register all their parameters and then look for a kernel; none is needed."""
+    """Quantized layers look for a kernel that runs here; none is needed to make their parameters."""
     patched: list[tuple[Any, str, Any]] = []
-    for where, name in (("fp8", "init_fp8_linear_kernel"),):
-        module = _module(f"vllm.model_executor.layers.quantization.{where}")
+    for where, name, missing in _KERNELS:
+        module = _module(where)
         original = getattr(module, name, None)
         if original is not None:
             patched.append((module, name, original))
-            setattr(module, name, _tolerant(original))
+            setattr(module, name, _tolerant(original, missing))
     try:
         yield
     finally:
@@ -275,14 +279,32 @@ def _without_kernels() -> Iterator[None]:
             setattr(module, name, original)
 
 
-def _tolerant(function: Any) -> Any:
+def _tolerant(function: Any, missing: Callable[..., Any]) -> Any:
     def tolerant(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
-        except ValueError:
-            return _NoKernel()
+        except (ValueError, ImportError):
+            return missing(*args, **kwargs)
 
     return tolerant
+
+
+_KERNELS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
+    # fp8 linear layers register all their parameters before they look for a kernel.
+    (
+        "vllm.model_executor.layers.quantization.fp8",
+        "init_fp8_linear_kernel",
+        lambda *_args, **_kwargs: _NoKernel(),
+    ),
+    # mxfp4 experts: a backend that was named is taken, whether it runs here or not; the padding of their parameters
+    # depends on its name alone (0.32).
+    (
+        "vllm.model_executor.layers.fused_moe.oracle.mxfp4",
+        "_return_or_raise",
+        lambda backend, *_args, **_kwargs: (backend, None),
+    ),
+)
+"""Where a kernel is chosen, and what is taken where there is none."""
 
 
 def _module(name: str) -> Any:

@@ -2,7 +2,8 @@
 
 ``SETTINGS`` are laid on the arguments of the configuration, nested (``...`` takes one away). Several are keys that the
 published checkpoints have and that vLLM reads, though transformers' class no longer knows them. ``NAMES`` are tensors
-that transformers saves under other names than the published checkpoints have: a pattern and what takes its place.
+that transformers saves under other names than the published checkpoints have: a pattern and what takes its place; a
+tensor without a name is left out.
 ``FILES`` are further files that the published checkpoints have and that vLLM reads when it constructs the model.
 """
 
@@ -26,6 +27,7 @@ _QWEN4 = {
     "indexer_budget": 64,
     "indexer_compress_ratio": 16,
     "hc_lowrank": 16,
+    "output_gate_type": "silu",
 }
 _GEMMA4_EYE = {
     "model_type": "gemma4_vision",
@@ -43,10 +45,41 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "AXK1Config": {"first_k_dense_replace": 0},
     "AfmoeConfig": {"score_func": "sigmoid", "route_norm": True, "route_scale": 1.0, "n_group": 1, "topk_group": 1},
     "CohereAsrConfig": {
-        "transf_decoder": {"config_dict": {"max_sequence_length": 512, "hidden_size": 384, "num_layers": 2}},
-        "head": {"num_classes": 330},
+        "encoder_config": {"intermediate_size": 384},
+        "encoder": {
+            "feat_in": 16,
+            "feat_out": -1,
+            "n_layers": 2,
+            "d_model": 192,
+            "n_heads": 12,
+            "ff_expansion_factor": 2,
+            "subsampling": "dw_striding",
+            "subsampling_factor": 8,
+            "subsampling_conv_channels": 256,
+            "causal_downsampling": False,
+            "self_attention_model": "rel_pos",
+            "att_context_size": [-1, -1],
+            "xscaling": False,
+            "untie_biases": True,
+            "pos_emb_max_len": 512,
+            "conv_kernel_size": 9,
+            "conv_norm_type": "batch_norm",
+            "conv_context_size": None,
+        },
+        "transf_decoder": {
+            "config_dict": {
+                "max_sequence_length": 512,
+                "hidden_size": 384,
+                "inner_size": 192,
+                "num_layers": 2,
+                "num_attention_heads": 12,
+                "hidden_act": "relu",
+            },
+        },
+        "head": {"num_classes": 330, "hidden_size": 384},
     },
     "CohereCompassConfig": {
+        "tie_word_embeddings": True,
         "text_config": {"tie_word_embeddings": True, "rope_parameters": {"full_attention": _MROPE}},
     },
     "Cosmos3EdgeConfig": {"text_config": {"rope_parameters": _MROPE}},
@@ -75,7 +108,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "rope_parameters": _MROPE | {"mrope_section": [6, 6, 4]},
             "moe_intermediate_size": [96, 48],
         },
-        "vision_config": {"embed_dim": 192, "mlp_ratio": 0.5, "pixel_hidden_size": 192},
+        "vision_config": {"embed_dim": 192, "mlp_ratio": 0.5},
+        "pixel_hidden_size": 192,
+        "spatial_conv_size": 2,
+        "temporal_conv_size": 2,
+        "use_temporal_conv": True,
     },
     "Gemma3nTextConfig": {
         "num_hidden_layers": 4,
@@ -91,12 +128,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "Glm4MoeConfig": {"head_dim": 32},
     "Glm4MoeLiteConfig": {"first_k_dense_replace": 1},
     "Glm4vMoeConfig": {"text_config": {"head_dim": 32, "use_qk_norm": False}},
+    "GlmOcrConfig": {"text_config": {"intermediate_size": 1152}},
     "Glm5NextConfig": {"text_config": {"num_key_value_heads": 12, "qk_rope_head_dim": 0}},
     "Granite4VisionConfig": {
         "text_config": {"model_type": "granite"},
         "deepstack_layer_map": [[0, 0]],
         "spatial_target_layers": [1, 1, 1, 1],
         "downsample_rate": "1/2",
+        "qformer_config": {"intermediate_size": 3072, "num_hidden_layers": 1},
     },
     "GraniteMoeHybridConfig": {"layer_types": ["linear_attention", "full_attention"]},
     "GteConfig": {"position_embedding_type": "rope", "hidden_act": "gelu"},
@@ -106,7 +145,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "JambaConfig": {"attn_layer_period": 2, "attn_layer_offset": 0},
     "Lfm2Config": _LFM2,
     "Lfm2MoeConfig": _CONV,
-    "Lfm2VlConfig": {"text_config": _LFM2},
+    "Lfm2VlConfig": {"text_config": _LFM2, "vision_config": {"vision_use_head": False}},
     "LongcatFlashConfig": {
         "zero_expert_num": 2,
         "zero_expert_type": "identity",
@@ -124,9 +163,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "swa_head_dim": 32,
         "v_head_dim": 32,
     },
-    "MiniMaxM2Config": {"rotary_dim": 16, "scoring_func": "sigmoid", "use_qk_norm": True},
+    "MiniMaxM2Config": {"rotary_dim": 16, "scoring_func": "sigmoid", "use_qk_norm": True, "use_routing_bias": True},
     "MuseGlimmerAssistantConfig": {"target_layer_ids": [0, 1]},
-    "MuseGlimmerConfig": {"vision_config": {"output_dim": 768}},
+    "MuseGlimmerConfig": {
+        "out_hidden_size": 768,
+        "projector_hidden_size": 192,
+        "vision_config": {"output_dim": 768, "adapter_dim": 192},
+    },
     "NemotronHConfig": _NO_EXPERTS,
     "NemotronH_Omni_Reasoning_V3_Config": {
         "text_config": _NO_EXPERTS,
@@ -145,18 +188,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "n_embd": 384,
         "n_layer": 2,
     },
-    "QianfanOCRConfig": {"force_image_size": 56},
+    "QianfanOCRConfig": {"force_image_size": 56, "vision_config": {"patch_size": 14, "image_size": 56}},
     "Qwen2_5OmniConfig": {"enable_audio_output": False},
     "Qwen3OmniMoeConfig": {
         "talker_config": {"text_config": {"shared_expert_intermediate_size": 96}},
         "enable_audio_output": False,
     },
-    "Qwen4ExpConfig": {"text_config": _QWEN4},
+    "Qwen4ExpConfig": {"text_config": _QWEN4, "vision_config": {"deepstack_visual_indexes": []}},
     "Qwen4ExpTextConfig": _QWEN4,
     "VibeVoiceAsrConfig": {
         "acoustic_tokenizer_encoder_config": {"num_filters": 4, "hidden_size": 64},
         "semantic_tokenizer_encoder_config": {"num_filters": 4, "hidden_size": 64},
     },
+    "Zamba2Config": {"num_key_value_heads": 12},
 }
 
 _VISION_MODEL = ((r"(^|\.)vision_tower\.(?!vision_model\.)", r"\1vision_tower.vision_model."),)
@@ -171,6 +215,9 @@ NAMES: dict[str, tuple[tuple[str, str], ...]] = {
     "GraniteSpeechPlusForConditionalGeneration": _ONE_MODEL,
     "PaliGemmaForConditionalGeneration": _VISION_MODEL,
     "Qwen2AudioForConditionalGeneration": _ONE_MODEL,
+    "Lfm2VlForConditionalGeneration": _VISION_MODEL,
+    "LongcatFlashForCausalLM": ((r".*\.mlp\.experts\.[45]\..*", ""),),  # experts that compute nothing
+    "Granite4VisionForConditionalGeneration": _VISION_MODEL,
     "LlavaForConditionalGeneration": _VISION_MODEL,
     "LlavaNextForConditionalGeneration": _VISION_MODEL,
     "LlavaNextVideoForConditionalGeneration": _VISION_MODEL,
@@ -178,7 +225,16 @@ NAMES: dict[str, tuple[tuple[str, str], ...]] = {
 }
 
 FILES: dict[str, dict[str, Any]] = {
+    "Emu3ForConditionalGeneration": {
+        "preprocessor_config.json": {"image_processor_type": "Emu3ImageProcessor"},
+        "processor_config.json": {"processor_class": "Emu3Processor"},
+    },
     "HunYuanVLForConditionalGeneration": {
         "preprocessor_config.json": {"image_processor_type": "HunYuanVLImageProcessor", "patch_size": 16},
+        "processor_config.json": {"processor_class": "HunYuanVLProcessor"},
+    },
+    "VibeVoiceAsrForConditionalGeneration": {
+        "preprocessor_config.json": {"feature_extractor_type": "VibeVoiceAcousticTokenizerFeatureExtractor"},
+        "processor_config.json": {"processor_class": "VibeVoiceAsrProcessor"},
     },
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from difflib import unified_diff
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +64,16 @@ def summary(results: Results) -> str:
     )
 
 
-def write(document: Path, results: Results) -> None:
-    """Put the table between the markers of a document."""
+def write(document: Path, results: Results) -> list[str]:
+    """Put the table between the markers of a document; return the lines that are gone (-) and new (+)."""
     text = document.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    old, end, after = rest.partition(END)
     if not begin or not end:
         raise SystemExit(f"{document} lacks the lines {BEGIN} and {END}, between which the table goes")
-    document.write_text("\n".join([before + begin, *table(results), end + after]), encoding="utf-8")
+    new = table(results)
+    document.write_text("\n".join([before + begin, *new, end + after]), encoding="utf-8")
+    return [line for line in unified_diff(old.split("\n")[1:-1], new, n=0, lineterm="") if line[:2] in ("-|", "+|")]
 
 
 def table(results: Results) -> list[str]:

@@ -9,8 +9,9 @@ For each architecture and variant and each size::
     verify    the shards against the checkpoint
     merge     the shards to a checkpoint: every tensor that was not dropped is the source's
 
-Results go to ``results.json`` in the work folder as they come; ``--table`` writes them between the markers of a
-document. vLLM is imported once for each rank of a size and once for all traces.
+Results go to ``results.json`` in a folder of vLLM's version in the work folder, as they come; ``--table`` writes them
+between the markers of a document and prints which of its lines are others now, so that another version of vLLM is a
+run of this command. vLLM is imported once for each rank of a size and once for all traces.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.engine.truth import ENVIRONMENT, Ranks, World
+from tests.engine.truth import ENVIRONMENT, Ranks, World, engine_version
 
 LAYOUTS = ("traced", "builtin")
 
@@ -109,7 +110,7 @@ def _ours(model: Path, world: World, layout: str, ours: Path, truth: Path) -> di
     try:
         report = shardtool.verify(ours, against=model)
         if not report.ok:
-            found["verify"] = str(report)[:500]
+            found["verify"] = "; ".join(f"{file.key}: {why}" for file in report.files for why in file.why)[:500]
     except Exception as error:
         found["verify"] = f"{type(error).__name__}: {error}"[:500]
     merged = ours.with_name("merged")
@@ -151,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--pp", type=int, default=1, help="pipeline stages")
     parser.add_argument("--expert-parallel", action="store_true", help="whole experts on each rank")
     parser.add_argument("--variants", default="ab", help="a: 6 kv heads; b: 2, and embeddings tied the other way")
-    parser.add_argument("--workdir", type=Path, default=Path("zoo"), help="models, truths and results.json go there")
+    parser.add_argument("--workdir", type=Path, default=Path(".zoo"), help="models, truths and results.json go there")
     parser.add_argument("--table", type=Path, help="document whose table is written anew from all results")
     given = parser.parse_args(arguments)
     _quieten()
@@ -159,13 +160,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from tests.engine.zoo import TPS, animals
 
     names = given.names or list(animals())
-    given.workdir.mkdir(parents=True, exist_ok=True)
-    kept = given.workdir / "results.json"
+    place = given.workdir / f"vllm-{engine_version()}"
+    place.mkdir(parents=True, exist_ok=True)
+    kept = place / "results.json"
     results: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else {}
     with tracing_here():
         for tp in given.tp:
             world = World(tp, given.pp, given.expert_parallel)
-            with Ranks(world, given.workdir / "truth") as ranks:
+            with Ranks(world, place / "truth") as ranks:
                 for name in names:
                     for variant in given.variants:
                         if tp in TPS[variant]:
@@ -174,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                             print(report.line(name, variant, world, found), flush=True)
                             kept.write_text(json.dumps(results, indent=1))
     if given.table:
-        report.write(given.table, results)
+        print(*report.write(given.table, results), sep="\n")
     print(report.summary(results))
     return 0 if all(report.passed(found) for found in results.values()) else 1
 

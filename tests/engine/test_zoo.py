@@ -35,7 +35,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     workdir = tmp_path_factory.mktemp("zoo")
     command = [sys.executable, "-m", "tests.engine.run", *WITH_TABLE, *TRACED, "--tp", "2", "--variants", "a"]
     subprocess.run([*command, "--workdir", workdir], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False)
-    return json.loads((workdir / "results.json").read_text())
+    (kept,) = workdir.glob("vllm-*/results.json")
+    return json.loads(kept.read_text())
 
 
 @pytest.mark.parametrize("name", [*WITH_TABLE, *TRACED])

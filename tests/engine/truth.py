@@ -134,6 +134,13 @@ class Ranks:
         self._processes, self._pipes = [], []
 
 
+def engine_version() -> str:
+    """Return vLLM's version."""
+    import vllm
+
+    return str(vllm.__version__).partition("+")[0]
+
+
 def engine_config(model: str, world: World, **more: Any) -> Any:
     """Return vLLM's whole configuration for a model in a world."""
     from vllm.engine.arg_utils import EngineArgs

@@ -299,7 +299,8 @@ def _rename(file: Path, rules: tuple[tuple[str, str], ...]) -> None:
     if rules:
         tensors = load_file(file)
         for pattern, new in rules:
-            tensors = {re.sub(pattern, new, name): tensor for name, tensor in tensors.items()}
+            renamed = {re.sub(pattern, new, name): tensor for name, tensor in tensors.items()}
+            tensors = {name: tensor for name, tensor in renamed.items() if name}
         save_file(tensors, file, metadata={"format": "pt"})
 
 
@@ -310,6 +311,12 @@ def _tokenizer(place: Path) -> None:
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {f"w{i}": i for i in range(4, 256)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {f"{what}_token": f"<{what}>" for what in ("image", "video", "audio", "boi", "eoi", "eof", "boa", "eoa")}
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        extra_special_tokens=special,
     ).save_pretrained(place)

@@ -127,7 +127,7 @@ def linear(name: str, rows: int, columns: int, *, bias: bool = True, flipped: bo
 def gpt2_shapes(c: Config) -> Shapes:
     hidden = c["n_embd"]
     inner = c.get("n_inner") or 4 * hidden
-    found = {"transformer.wte.weight": (c["vocab_size"], hidden), "transformer.wpe.weight": (16, hidden)}
+    found = {"transformer.wte.weight": (c["vocab_size"], hidden), "transformer.wpe.weight": (c["n_positions"], hidden)}
     found |= norm("transformer.ln_f", hidden)
     if not c["tie_word_embeddings"]:
         found["lm_head.weight"] = (c["vocab_size"], hidden)
@@ -225,7 +225,7 @@ def opt_shapes(c: Config) -> Shapes:
     narrow = c.get("word_embed_proj_dim") or hidden
     found: Shapes = {
         top + "embed_tokens.weight": (c["vocab_size"], narrow),
-        top + "embed_positions.weight": (18, hidden),
+        top + "embed_positions.weight": (c["max_position_embeddings"] + 2, hidden),
     }
     if narrow != hidden:
         found |= {top + "project_in.weight": (hidden, narrow), top + "project_out.weight": (narrow, hidden)}
@@ -413,10 +413,17 @@ def vl_load(c: Config, r: Rank) -> None:
 SIZES = {"hidden_size": 48, "intermediate_size": 36, "num_hidden_layers": 2, "num_attention_heads": 12}
 LLAMA = {**SIZES, "num_key_value_heads": 4, "vocab_size": 150, "tie_word_embeddings": False}
 OLD = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 12, "vocab_size": 150}
-GPT2 = {"vocab_size": 150, "n_embd": 48, "n_layer": 2, "n_head": 12, "tie_word_embeddings": True}
+GPT2 = {"vocab_size": 150, "n_embd": 48, "n_layer": 2, "n_head": 12, "n_positions": 16, "tie_word_embeddings": True}
 BLOOM = {"vocab_size": 150, "hidden_size": 48, "n_layer": 2, "n_head": 12, "tie_word_embeddings": True}
 FALCON = {**OLD, "multi_query": True, "parallel_attn": True, "bias": False, "tie_word_embeddings": True}
-OPT = {**OLD, "ffn_dim": 36, "do_layer_norm_before": True, "enable_bias": True, "layer_norm_elementwise_affine": True}
+OPT = {
+    **OLD,
+    "max_position_embeddings": 16,
+    "ffn_dim": 36,
+    "do_layer_norm_before": True,
+    "enable_bias": True,
+    "layer_norm_elementwise_affine": True,
+}
 VISION = {"depth": 2, "hidden_size": 24, "intermediate_size": 36, "num_heads": 12, "spatial_merge_size": 2}
 VL = {"text_config": {k: v for k, v in LLAMA.items() if k != "tie_word_embeddings"}, "vision_config": VISION}
 

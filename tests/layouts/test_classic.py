@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ import shardtool
 from shardtool.dtypes import DType
 from shardtool.errors import PlanError, UnsupportedModel
 from shardtool.layouts import vllm
-from shardtool.layouts.base import Parallel
+from shardtool.layouts.base import Model, Parallel
 from shardtool.mosaic import Logical
 from tests.builders import Files, Raw, Tensors, contents, model, places, put, random, rank_tensors, whole_tensors
 from tests.layouts import classic
@@ -40,6 +41,10 @@ def check(family: str, made: dict[str, Any], tp: int, held: Tensors | None = Non
             assert found[name] == raw, f"{name} of rank {rank}"
     assert whole_tensors(back) == held
     return files
+
+
+def logicals(held: Tensors) -> dict[str, Logical]:
+    return {name: Logical(DType[raw.dtype], raw.array.shape) for name, raw in held.items()}
 
 
 def refusal(made: dict[str, Any], held: Tensors, tp: int = 1, kind: type[Exception] = PlanError) -> str:
@@ -148,8 +153,8 @@ def test_the_keys_of_an_older_config_are_read():
     held = tensors("qwen2_5_vl", made)
     flat = {**{key: value for key, value in made.items() if key != "text_config"}, **made["text_config"]}
     assert ranks(flat, held) == ranks(made, held)
-    other = config("gpt2", n_embd=None, n_layer=None, n_head=None)
-    other |= {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 12}
+    other = config("gpt2", n_embd=None, n_layer=None, n_head=None, n_positions=None)
+    other |= {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 12, "max_position_embeddings": 16}
     held = tensors("gpt2", config("gpt2"))
     assert ranks(other, held) == ranks(config("gpt2"), held)
 
@@ -218,6 +223,39 @@ def test_a_tie_that_is_said_inside_is_corrected_inside_too():
     assert json.loads(back["config.json"]) == made
 
 
+# Pipeline stages.
+
+SPLIT = {"gpt_neox", "glm4", "olmo2", "starcoder2", "qwen2_5_vl"}
+"""Whose embeddings are on the first stage and whose head and last norm on the last; the others have all on each."""
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", KINDS)
+def test_each_stage_holds_its_layers_and_what_the_engine_builds_there(family: str, tied: bool):
+    made = config(family, tie_word_embeddings=tied)
+    held = tensors(family, made)
+    said = vllm.for_config(made).outline(Model(made, logicals(held), DType.BF16), Parallel(2, 2))
+    shapes = {name: raw.array.shape for name, raw in expected_rank(family, made, held, 2, 0).items()}
+    for stage in range(2):
+        wanted = {name: shape for name, shape in shapes.items() if on(family, name, stage)}
+        if family in SPLIT and tied and stage == 0:  # the last stage has a copy of its own
+            embed = vllm.for_config(made).family.tied[1]
+            to = {"gpt_neox": "model.embed_in.weight", "qwen2_5_vl": f"language_model.{embed}"}.get(family, embed)
+            wanted[to] = (75 + 21, held[embed].array.shape[1])
+        for rank in (2 * stage, 2 * stage + 1):
+            assert {tensor.name: tensor.shape for tensor in said.recipe.tensors(rank)} == wanted
+
+
+def on(family: str, name: str, stage: int) -> bool:
+    """Whether a stage of two holds a tensor that one stage alone would hold."""
+    layer = re.search(r"(?:layers|transformer\.h)\.(\d)\.", name)
+    if layer:
+        return int(layer[1]) == stage
+    if family not in SPLIT or name.startswith("visual."):
+        return True
+    return stage == (0 if "embed" in name else 1)
+
+
 # What the tables do not know, and what does not fit.
 
 
@@ -263,6 +301,8 @@ def test_sizes_that_do_not_divide_are_refused(family: str, changes: dict[str, An
     ("family", "name", "shape", "said"),
     [
         ("gpt2", "transformer.h.1.mlp.c_fc.weight", (48, 100), "n_inner, else 4 times hidden_size, in config.json is"),
+        ("gpt2", "transformer.wpe.weight", (15, 48), "max_position_embeddings in config.json is 16"),
+        ("opt", "model.decoder.embed_positions.weight", (16, 48), "and 2 more in config.json is 18"),
         ("gpt2", "transformer.h.1.attn.c_attn.weight", (144,), "not rows and columns"),
         ("gpt2", "transformer.h.1.attn.c_attn.weight", (48, 96), "12 heads and 12 kv heads of 4 in config.json"),
         ("falcon", "transformer.h.0.self_attention.query_key_value.weight", (144, 48), "1 groups of 12 heads, a key"),
@@ -288,6 +328,5 @@ def test_the_source_can_be_told_from_what_one_rank_holds(family: str, tp: int):
     made = config(family)
     held = tensors(family, made)
     shards = expected_rank(family, made, held, tp, tp - 1)
-    logical = {name: Logical(DType[raw.dtype], raw.array.shape) for name, raw in shards.items()}
-    found = vllm.for_config(made).infer(made, logical, Parallel(tp))
+    found = vllm.for_config(made).infer(made, logicals(shards), Parallel(tp))
     assert {name: tensor.shape for name, tensor in found.items()} == {n: raw.array.shape for n, raw in held.items()}

@@ -65,9 +65,10 @@ TRACED = Traced(
     amendments={"quantization_config": {"bits": 4}},
     aliases={"also": "head"},
     uninitialised={"m.0.w": 2},
+    untied=True,
     tied=("head", "embedding"),
 )
-LAYOUT = FileLayout("vllm", "0.32.0", "LlamaForCausalLM", DType.BF16, TENSORS, (TRACED,), "some/recipe.json")
+LAYOUT = FileLayout("vllm", "0.32.0", "LlamaForCausalLM", DType.BF16, TENSORS, (TRACED,), where="some/recipe.json")
 
 
 def model(config: dict[str, Any] | None = None, *, equal: bool = False, **tensors: Logical | None) -> Model:
@@ -77,16 +78,21 @@ def model(config: dict[str, Any] | None = None, *, equal: bool = False, **tensor
     return Model(config or {"tie_word_embeddings": True}, held, DType.BF16, lambda a, b: equal)
 
 
-def test_what_is_written_is_what_is_read() -> None:
-    data = files.encode(LAYOUT)
-    assert files.decode(data, LAYOUT.where) == LAYOUT
+@pytest.mark.parametrize("layout", [LAYOUT, replace(LAYOUT, moe_backend="marlin")])
+def test_what_is_written_is_what_is_read(layout: FileLayout) -> None:
+    data = files.encode(layout)
+    assert files.decode(data, layout.where) == layout
     assert files.encode(files.decode(data, "elsewhere")) == data
 
 
 def test_the_outline_is_the_recipe_with_what_belongs_to_it() -> None:
     outline = LAYOUT.outline(model(), Parallel(2, ep=True))
     assert outline.recipe == TRACED.recipe
-    assert outline.dropped == TRACED.dropped
+    assert outline.dropped == {
+        "m.0.a": "the shards hold what vllm computes of it",
+        "m.1.a": "the shards hold what vllm computes of it",
+        "rope": "vLLM 0.32.0 does not load it",
+    }
     assert outline.copies == {}
     assert outline.amendments == {"quantization_config": {"bits": 4}, "tie_word_embeddings": False}
     assert "2 elements of m.0.w" in outline.notes[0]
@@ -97,6 +103,14 @@ def test_a_head_that_equals_the_embedding_is_held_once() -> None:
     assert [rule.name for rule in outline.recipe.rules] == ["embedding", "m.{i}.a", "m.{i}.w"]
     assert outline.copies == {"head": "embed"}
     assert "tie_word_embeddings" not in outline.amendments
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_where_the_engine_does_not_compare_head_and_embedding_both_are_kept(equal: bool) -> None:
+    layout = replace(LAYOUT, traced=(replace(TRACED, tied=None),))
+    outline = layout.outline(model(equal=equal), Parallel(2, ep=True))
+    assert outline.recipe == TRACED.recipe
+    assert outline.amendments["tie_word_embeddings"] is False
 
 
 def test_the_part_of_a_config_that_is_the_text_model_is_untied_too() -> None:
@@ -134,6 +148,12 @@ def test_a_layout_says_who_made_it() -> None:
         "kind": "traced",
         "class": "LlamaForCausalLM",
     }
+
+
+def test_a_layout_for_one_moe_backend_says_so() -> None:
+    layout = replace(LAYOUT, moe_backend="marlin")
+    assert layout.title == "the trace of vllm 0.32.0 (LlamaForCausalLM, MoE backend marlin)"
+    assert layout.record()["moe_backend"] == "marlin"
 
 
 # Damage

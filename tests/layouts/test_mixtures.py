@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from shardtool.dtypes import DType
-from shardtool.errors import FormatError, PlanError
+from shardtool.errors import FormatError, PlanError, UnsupportedModel
 from shardtool.layouts import vllm
 from shardtool.layouts.base import Model, Outline, Parallel
 from shardtool.mosaic import Logical
@@ -190,8 +190,17 @@ def test_a_correction_stays_float32_whatever_it_was():
 @pytest.mark.parametrize("key", ["index_topk", "rswa_window"])
 def test_deepseek_with_other_attention_is_refused(key: str):
     made = config("deepseek_v3", **{key: 64})
-    with pytest.raises(Exception, match=f"config.json sets {key}"):
+    with pytest.raises(UnsupportedModel, match=f"config.json sets {key}"):
         outline(made, tensors(made), Parallel(1))
+
+
+@pytest.mark.parametrize("kind", ["deepseek", None, 3])
+def test_deepseek_of_a_kind_that_may_have_no_latent_attention_is_refused(kind: Any):
+    made = {**config("deepseek_v2"), "model_type": kind}
+    with pytest.raises(UnsupportedModel, match=f"config.json says model_type {kind!r}"):
+        outline(made, tensors(made), Parallel(1))
+    kimi = {**config("deepseek_v3"), "model_type": "kimi_k2"}
+    check(kimi, tensors(kimi), Parallel(2))
 
 
 # Sizes that the engine refuses.

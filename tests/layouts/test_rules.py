@@ -147,6 +147,22 @@ def test_vocab_is_the_ranks_rows_of_the_table_padded_with_zeros(tp: int, vocab: 
     assert same(ranks("vocab", held, tp, Dims(1, 1, 1, vocab)), np.split(padded, tp))
 
 
+@given(TPS, st.integers(1, 400), SMALL)
+def test_vocab_tp_is_padded_further_where_the_padded_vocabulary_cannot_be_divided(tp: int, vocab: int, width: int):
+    held = numbered((vocab, width))
+    rows = -(-vocab // 64) * 64
+    rows = rows if rows % tp == 0 else -(-vocab // (64 * tp)) * 64 * tp
+    padded = np.zeros((rows, width), np.int64)
+    padded[:vocab] = held["s0"]
+    assert same(ranks("vocab_tp", held, tp, Dims(1, 1, 1, vocab)), np.split(padded, tp))
+
+
+@given(TPS, st.integers(1, 100))
+def test_root_is_the_square_root_of_the_hidden_size(tp: int, hidden: int):
+    (share,) = RULES["root"].cut("target", [], Dims(1, 1, 1, 1, config={"hidden_size": hidden**2}), tp)
+    assert (share.ranks, share.shape, share.pieces, share.fill) == (tuple(range(tp)), (), (), float(hidden))
+
+
 @pytest.mark.parametrize(("vocab", "padded"), [(1, 64), (63, 64), (64, 64), (65, 128), (32000, 32000), (32001, 32064)])
 def test_a_vocabulary_is_padded_to_a_multiple_of_64(vocab: int, padded: int):
     assert PAD == 64
@@ -210,7 +226,10 @@ def test_a_vision_encoder_is_cut_by_whole_heads():
         shares("vision_qkv", numbered((24, 2)), 4, dims)
 
 
-DIMS_OF = {"vision_qkv": Dims(1, 1, 1, 1, config={"vision_config": {"num_heads": 16}})}
+DIMS_OF = {
+    "vision_qkv": Dims(1, 1, 1, 1, config={"vision_config": {"num_heads": 16}}),
+    "root": Dims(1, 1, 1, 1, config={"hidden_size": 16}),
+}
 CASES = [
     ("column_t", [(3, 16)]),
     ("row_t", [(16, 3)]),
@@ -230,6 +249,8 @@ CASES = [
     ("qkv", [(48, 3)]),
     ("qkv", [(32,), (8,), (8,)]),
     ("vocab", [(100, 3)]),
+    ("vocab_tp", [(100, 3)]),
+    ("root", []),
 ]
 
 

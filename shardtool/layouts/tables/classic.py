@@ -49,7 +49,7 @@ _H = "transformer.h.{i}."
 def _gpt2() -> tuple[Row, ...]:
     embed = "transformer.wte.weight"
     rows = ends(embed=embed, norms=("transformer.ln_f.weight", "transformer.ln_f.bias"), everywhere=True)
-    rows += copies("transformer.wpe.weight")
+    rows.append(Row("copy", "transformer.wpe.weight", ("transformer.wpe.weight",), "", "positions"))
     rows += _with_bias(_H + "ln_1", _H + "ln_2")
     for module, rule, size in (("attn.c_attn", "qkv", ""), ("mlp.c_fc", "column", "inner")):
         weight, bias = f"{_H}{module}.weight", f"{_H}{module}.bias"
@@ -102,7 +102,7 @@ def _opt() -> tuple[Row, ...]:
     last = f"do_layer_norm_before & not _remove_final_layer_norm & {affine}"
     other = "not word_embed_proj_dim=@hidden_size"
     rows = ends(embed=top + "embed_tokens.weight", norms=(), everywhere=True)
-    rows += copies(top + "embed_positions.weight")
+    rows.append(Row("copy", top + "embed_positions.weight", (top + "embed_positions.weight",), "", "opt positions"))
     rows += copies(top + "project_in.weight", top + "project_out.weight", when=other)
     rows += _with_bias(top + "final_layer_norm", when=last)
     rows += _with_bias(layer + "self_attn_layer_norm", layer + "final_layer_norm", when=affine)
@@ -229,13 +229,19 @@ FAMILIES: tuple[Family, ...] = (
             "hidden_size": 768,
             "num_hidden_layers": 12,
             "num_attention_heads": 12,
+            "max_position_embeddings": 1024,
             "tie_word_embeddings": True,
         },
         head_dim_key="",
         tied=("lm_head.weight", "transformer.wte.weight"),
         refused=(*REFUSED, "add_cross_attention", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"),
         drops={".attn.bias": _MASK, ".attn.masked_bias": _MASK},
-        keys={"hidden_size": "n_embd", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"},
+        keys={
+            "hidden_size": "n_embd",
+            "num_attention_heads": "n_head",
+            "num_hidden_layers": "n_layer",
+            "max_position_embeddings": "n_positions",
+        },
         implied=_ALL_HEADS,
         prefixes=(("", "transformer."),),
     ),
@@ -291,6 +297,7 @@ FAMILIES: tuple[Family, ...] = (
             "num_hidden_layers": 12,
             "ffn_dim": 3072,
             "num_attention_heads": 12,
+            "max_position_embeddings": 2048,
             "do_layer_norm_before": True,
             "enable_bias": True,
             "layer_norm_elementwise_affine": True,
@@ -313,6 +320,7 @@ FAMILIES: tuple[Family, ...] = (
         ("Glm4ForCausalLM",),
         _glm4(),
         defaults(151552, 4096, 13696, 40, 32, num_key_value_heads=2, head_dim=128, attention_bias=True),
+        dtypes=("BF16", "F32"),
         skips=PREDICTING,
         refused=REFUSED,
         drops=DROPS,
