@@ -90,10 +90,10 @@ def traces(old: Traced, new: Traced) -> list[str]:
 
 def outlines(old: Said, new: Said) -> list[str]:
     """What changed between two outlines of one model, at one size. Reasons are words and not looked at."""
-    dropped = (dict.fromkeys(one.dropped, "") for one in (old, new))
+    before, after = (dict.fromkeys(one.dropped, "") for one in (old, new))
     return [
         *recipes(old.recipe, new.recipe),
-        *_mappings(*dropped, "the source tensor {} is dropped", lambda _why: ""),
+        *_mappings(before, after, "the source tensor {} is dropped", lambda _why: ""),
         *_mappings(old.copies, new.copies, "the source tensor {} is left out as a copy", lambda of: f" of {of!r}"),
         *_mappings(
             old.amendments, new.amendments, "the setting {} of config.json is made", lambda value: f" {value!r}"

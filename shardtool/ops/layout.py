@@ -81,7 +81,7 @@ def choose(source: Source, choice: Choice, parallel: Parallel, dtype: str = "aut
         if kind == "traced":
             return _traced(source, choice, parallel, dtype)
         if engine == "transformers":
-            return _transformers(source)
+            return _transformers(source, choice)
         return _builtin(source, choice)
     return from_file(choice.layout)
 
@@ -126,7 +126,7 @@ def _builtin(source: Source, choice: Choice) -> Layout:
         from shardtool.layouts import sglang
 
         return sglang.for_config(source.config) if version is None else sglang.for_config(source.config, version)
-    return vllm.for_config(source.config) if version is None else vllm.for_config(source.config, version)
+    return vllm.for_config(source.config, version or vllm.ENGINE_VERSION, choice.moe_backend)
 
 
 def _refuse_foreign(source: Source) -> None:
@@ -176,7 +176,18 @@ def write_side_files(store: Store, files: Iterable[tuple[str, int]], folder: Pat
         place.write_bytes(data)
 
 
-def _transformers(source: Source) -> Layout:
+def _transformers(source: Source, choice: Choice) -> Layout:
+    for flag, said in (
+        ("--engine-version", choice.engine_version),
+        ("--engine-python", choice.engine_python),
+        ("--trust-remote-code", choice.trust_remote_code),
+        ("--moe-backend", choice.moe_backend),
+    ):
+        if said:
+            raise UsageError(
+                f"{flag} means nothing to --layout transformers, which asks the transformers of this Python and runs no "
+                f"code of a checkpoint; leave it out"
+            )
     from shardtool.ops import tp_plan
 
     return tp_plan.layout_of(source.config, source.inventory)
@@ -194,6 +205,8 @@ def target_dtype(source: Source, wanted: str, layout: Layout) -> DType:
     if len(layout.dtypes) == 1:
         return DType[layout.dtypes[0]]
     said = sources.said_dtype(source.config)
+    if layout.engine == "transformers":  # it runs in what config.json says, whatever the device
+        return DType.F32 if said is None else dtype_in(layout, from_name(said))
     if said is None or from_name(said) is DType.F32:
         what = "says float32" if said else "does not say a dtype"
         raise UsageError(

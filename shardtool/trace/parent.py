@@ -235,7 +235,8 @@ def _watched(command: Sequence[str], cwd: str, progress: Progress, timeout: floa
             code = process.wait()
         finally:
             timer.cancel()
-            _kill(process)
+            if process.poll() is None:
+                _kill(process)
     return code, said
 
 

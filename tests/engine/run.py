@@ -22,12 +22,12 @@ import json
 import logging
 import multiprocessing
 import os
-import shutil
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tests.engine.truth import ENVIRONMENT, Ranks, World, engine_version
@@ -73,10 +73,9 @@ def one(model: Path, world: World, ranks: Ranks, workdir: Path) -> dict[str, Any
     if truth.error:
         return found
     for layout in LAYOUTS:
-        ours = workdir / "ours"
-        shutil.rmtree(ours, ignore_errors=True)
         try:
-            found[layout] = _ours(model, world, layout, ours, truth.folder)
+            with TemporaryDirectory(dir=workdir) as scratch:
+                found[layout] = _ours(model, world, layout, Path(scratch, "ours"), truth.folder)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             trace = "" if _is_ours(error) else traceback.format_exc()
@@ -114,7 +113,6 @@ def _ours(model: Path, world: World, layout: str, ours: Path, truth: Path) -> di
     except Exception as error:
         found["verify"] = f"{type(error).__name__}: {error}"[:500]
     merged = ours.with_name("merged")
-    shutil.rmtree(merged, ignore_errors=True)
     try:
         shardtool.merge(ours, merged)
         if wrong := _not_equal(model, merged):

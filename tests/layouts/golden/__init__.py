@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from shardtool import recipe_json
-from shardtool.dtypes import DType
+from shardtool.dtypes import DType, from_name
 from shardtool.layouts import vllm
 from shardtool.layouts.base import Model, Parallel
 from shardtool.mosaic import Logical
-from tests import builders
+from tests import builders, quants
 from tests.layouts import classic, mixtures
 
 FOLDER = Path(__file__).parent
 TP = 4
+QUANTIZED = "quantized-"
 ROTARY = "model.layers.0.self_attn.rotary_emb.inv_freq"
 
 
@@ -42,6 +43,9 @@ def _variants() -> dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]]:
     for family in mixtures.KINDS:
         config = mixtures.config(family)
         found[family] = config, mixtures.shapes(config)
+    for name in quants.SCHEMES:
+        config, held = quants.quantized(name)
+        found[f"{QUANTIZED}{name}"] = config, {key: raw.array.shape for key, raw in held.items()}
     return found
 
 
@@ -52,6 +56,10 @@ VARIANTS = _variants()
 def model(name: str) -> Model:
     """A variant as a layout is given it."""
     config, shapes = VARIANTS[name]
+    if name.startswith(QUANTIZED):
+        _, held = quants.quantized(name.removeprefix(QUANTIZED))
+        found = {key: Logical(DType[raw.dtype], raw.array.shape) for key, raw in held.items()}
+        return Model(config, found, from_name(config["torch_dtype"]))
     sources = {key: Logical(DType.F32 if key == ROTARY else DType.BF16, shape) for key, shape in shapes.items()}
     return Model(config, sources, DType.BF16)
 
