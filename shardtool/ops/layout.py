@@ -19,7 +19,7 @@ from shardtool.checkpoint import CONFIG
 from shardtool.dtypes import DType, from_name
 from shardtool.errors import PlanError, UnsupportedModel, UsageError
 from shardtool.layouts import file as files
-from shardtool.layouts import vllm
+from shardtool.layouts import tables, vllm
 from shardtool.layouts.base import Layout, Model, Outline, dtype_in
 from shardtool.ops import source as sources
 from shardtool.ops.source import Source
@@ -126,7 +126,7 @@ def _builtin(source: Source, choice: Choice) -> Layout:
         from shardtool.layouts import sglang
 
         return sglang.for_config(source.config) if version is None else sglang.for_config(source.config, version)
-    return vllm.for_config(source.config, version or vllm.ENGINE_VERSION, choice.moe_backend)
+    return vllm.for_config(source.config, version or tables.ENGINE_VERSION, choice.moe_backend)
 
 
 def _refuse_foreign(source: Source) -> None:

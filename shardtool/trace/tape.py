@@ -145,6 +145,10 @@ class Tape(TorchDispatchMode):
         self._value = value
         self._kinds: dict[Any, tuple[str, str]] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and torch's wrapper against it costs as much as the rest
+
     def __torch_dispatch__(self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Run one operation and record what it wrote."""
         kwargs = kwargs or {}
@@ -152,10 +156,12 @@ class Tape(TorchDispatchMode):
         if found is None:
             found = self._kinds[op] = _kind(op)
         kind, name = found
-        if kind == "view" or not (kwargs.get("device") == META or any(map(_is_meta, _tensors(args, kwargs)))):
+        if kind in ("view", "empty"):
             return op(*args, **kwargs)
-        if kind == "copy" and name == "copy_":
+        if name == "copy_" and (args[0].is_meta or args[1].is_meta):
             return self._copy(args[0], args[1])
+        if not (kwargs.get("device") == META or any(map(_is_meta, _tensors(args, kwargs)))):
+            return op(*args, **kwargs)
         if kind == "copy":
             return self._fresh_copy(op, args, kwargs)
         if kind == "read":
@@ -173,13 +179,13 @@ class Tape(TorchDispatchMode):
     def _copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
         """``copy_``: the one operation that there are very many of."""
         log = self._log
-        if not _is_meta(target):
+        if not target.is_meta:
             real = self.real(source)
             with _disable_current_modes():
                 return target.copy_(real)
         if target.shape != source.shape:
             source.expand(target.shape)  # raises as the copy would
-        if _is_meta(source):
+        if source.is_meta:
             log.write(log.ref(target), "copy", (log.ref(source),))
         else:
             log.write(log.ref(target), "data", (source.detach().clone(),))
@@ -298,7 +304,7 @@ class Literals(TorchFunctionMode):
 
 
 def _is_meta(value: object) -> bool:
-    return isinstance(value, torch.Tensor) and value.device.type == "meta"
+    return getattr(value, "is_meta", False) is True
 
 
 def _tensors(*values: Any) -> Iterator[torch.Tensor]:

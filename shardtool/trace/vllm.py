@@ -283,10 +283,18 @@ def _tolerant(function: Any, missing: Callable[..., Any]) -> Any:
     def tolerant(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
-        except (ValueError, ImportError):
+        except (ValueError, ImportError, NotImplementedError):
             return missing(*args, **kwargs)
 
     return tolerant
+
+
+def _first_moe_backend(moe_config: Any) -> tuple[Any, Any]:
+    """The kernel that would be tried first, though it takes no experts of these sizes here."""
+    from vllm.model_executor.layers.fused_moe.oracle import unquantized
+
+    backend = unquantized._get_priority_backends(moe_config)[0]
+    return backend, unquantized.backend_to_kernel_cls(backend)[0]
 
 
 _KERNELS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
@@ -295,6 +303,12 @@ _KERNELS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
         "vllm.model_executor.layers.quantization.fp8",
         "init_fp8_linear_kernel",
         lambda *_args, **_kwargs: _NoKernel(),
+    ),
+    # Plain experts have the same shapes whatever kernel runs them, but for those that --moe-backend may name.
+    (
+        "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method",
+        "select_unquantized_moe_backend",
+        _first_moe_backend,
     ),
     # mxfp4 experts: a backend that was named is taken, whether it runs here or not; the padding of their parameters
     # depends on its name alone (0.32).

@@ -5,6 +5,7 @@ published checkpoints have and that vLLM reads, though transformers' class no lo
 that transformers saves under other names than the published checkpoints have: a pattern and what takes its place; a
 tensor without a name is left out.
 ``FILES`` are further files that the published checkpoints have and that vLLM reads when it constructs the model.
+``REFUSED`` says what shardtool must say of models that vLLM loads but cannot load again from shards.
 """
 
 from __future__ import annotations
@@ -192,9 +193,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "QianfanOCRConfig": {"force_image_size": 56, "vision_config": {"patch_size": 14, "image_size": 56}},
     "Qwen2_5OmniConfig": {"enable_audio_output": False},
     "Qwen3OmniMoeConfig": {
+        "thinker_config": {"vision_config": {"image_size": 56}},
         "talker_config": {"text_config": {"shared_expert_intermediate_size": 96}},
         "enable_audio_output": False,
     },
+    "Qwen3VLMoeConfig": {"text_config": {"norm_topk_prob": True}},
     "Qwen4ExpConfig": {"text_config": _QWEN4, "vision_config": {"deepstack_visual_indexes": []}},
     "Qwen4ExpTextConfig": _QWEN4,
     "VibeVoiceAsrConfig": {
@@ -238,4 +241,8 @@ FILES: dict[str, dict[str, Any]] = {
         "preprocessor_config.json": {"feature_extractor_type": "VibeVoiceAcousticTokenizerFeatureExtractor"},
         "processor_config.json": {"processor_class": "VibeVoiceAsrProcessor"},
     },
+}
+
+REFUSED: dict[str, str] = {
+    "PhiForCausalLM": "its loader of shards does not know it",  # lm_head.bias
 }

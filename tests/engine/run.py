@@ -68,6 +68,8 @@ def _trace(job: str, out: str) -> None:
 
 def one(model: Path, world: World, ranks: Ranks, workdir: Path) -> dict[str, Any]:
     """Return the result of a model at one size: vLLM's class and error, and per layout what differs."""
+    from shardtool.errors import ShardtoolError
+
     truth = ranks.load(model)
     found: dict[str, Any] = {"class": truth.engine_class, "error": truth.error}
     if truth.error:
@@ -78,15 +80,9 @@ def one(model: Path, world: World, ranks: Ranks, workdir: Path) -> dict[str, Any
                 found[layout] = _ours(model, world, layout, Path(scratch, "ours"), truth.folder)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
-            trace = "" if _is_ours(error) else traceback.format_exc()
+            trace = "" if isinstance(error, ShardtoolError) else traceback.format_exc()
             found[layout] = {"refused": reason[:500], "trace": trace}
     return found
-
-
-def _is_ours(error: Exception) -> bool:
-    from shardtool.errors import ShardtoolError
-
-    return isinstance(error, ShardtoolError)
 
 
 def _ours(model: Path, world: World, layout: str, ours: Path, truth: Path) -> dict[str, Any]:
@@ -180,6 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _try(name: str, variant: str, world: World, ranks: Ranks, workdir: Path) -> dict[str, Any]:
+    from tests.engine.overrides import REFUSED
     from tests.engine.zoo import make
 
     try:
@@ -187,7 +184,10 @@ def _try(name: str, variant: str, world: World, ranks: Ranks, workdir: Path) -> 
     except Exception as error:
         text = " ".join(str(error).split())
         return {"class": "", "error": f"transformers cannot make it: {type(error).__name__}: {text}"[:400]}
-    return one(model, world, ranks, workdir)
+    found = one(model, world, ranks, workdir)
+    if name in REFUSED:
+        found["expected"] = REFUSED[name]
+    return found
 
 
 def _quieten() -> None:

@@ -66,6 +66,9 @@ def test_a_document_without_markers_is_left_alone(tmp_path):
         (RESULTS["AForCausalLM a tp2"] | {"traced": {"refused": "UnsupportedModel: x"}}, False),
         (RESULTS["AForCausalLM a tp2"] | {"traced": EQUAL | {"verify": "x"}}, False),
         ({"class": "A", "error": ""}, False),
+        ({"class": "A", "error": "", "traced": {"refused": "x: a bias"}, "expected": "a bias"}, True),
+        ({"class": "A", "error": "", "traced": {"refused": "x: a head"}, "expected": "a bias"}, False),
+        ({"class": "A", "error": "", "traced": EQUAL, "builtin": NO_TABLE, "expected": "a bias"}, False),
     ],
 )
 def test_a_model_passes_if_vllm_does_not_load_it_or_all_of_ours_is_equal(found, right):

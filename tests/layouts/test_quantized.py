@@ -182,9 +182,9 @@ def test_families_whose_quantized_models_were_not_compared_are_refused():
 MOE = {"moe_intermediate_size": 128, "hidden_size": 64, "num_experts": 4}
 
 
-def mixture(scheme: str, block: int = 64, **settings: Any) -> tuple[dict[str, Any], Tensors]:
+def mixture(scheme: str, size: int = 128, **settings: Any) -> tuple[dict[str, Any], Tensors]:
     """A Qwen3-MoE whose experts are fp8; with a scale for each matrix its other linear layers are as well."""
-    config = mixtures.config("qwen3_moe", **MOE, torch_dtype="bfloat16")
+    config = mixtures.config("qwen3_moe", **{**MOE, "moe_intermediate_size": size}, torch_dtype="bfloat16")
     ignored: list[str] = []
     held: Tensors = {}
     for key, shape in mixtures.shapes(config).items():
@@ -195,7 +195,7 @@ def mixture(scheme: str, block: int = 64, **settings: Any) -> tuple[dict[str, An
             continue
         held[key] = quants.numbers("F8_E4M3", shape, 1)
         if scheme == "block":
-            held[f"{module}.weight_scale_inv"] = quants.numbers("F32", tuple(-(-n // block) for n in shape), 2)
+            held[f"{module}.weight_scale_inv"] = quants.numbers("F32", tuple(-(-n // 64) for n in shape), 2)
         else:
             held[f"{module}.weight_scale"] = quants.numbers("F32", (), 2)
         if scheme == "static":
@@ -234,9 +234,9 @@ def test_blocks_of_experts_are_made_finer_where_a_split_parts_them():
     assert experts(outline(config, held, 4, backend="triton")) == experts(outline(config, held, 4))
     with pytest.raises(PlanError, match="only the kernel triton takes finer ones"):
         outline(config, held, 4, backend="marlin")
-    config, held = mixture("block", 16, weight_block_size=[16, 16])
-    with pytest.raises(PlanError, match="gets 8 of the 128 outputs of each expert, which are not whole blocks of 16"):
-        outline({**config, "num_experts": 4, "num_attention_heads": 16}, held, 16)
+    config, held = mixture("block", 64, weight_block_size=[64, 64])
+    with pytest.raises(PlanError, match="gets 16 of the 64 outputs of each expert, which are not whole blocks of 64"):
+        outline(config, held, 4)
 
 
 def test_experts_that_no_rule_knows_are_refused():

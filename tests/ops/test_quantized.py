@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import shardtool
 from shardtool.errors import PlanError, UnsupportedModel
-from tests.builders import contents, engine_saved, model, put, random, rank_tensors, whole_tensors
+from tests.builders import Tensors, contents, engine_saved, model, parsed, put, random, rank_tensors, whole_tensors
+from tests.layouts.test_quantized import gpt_oss, mixture
 from tests.quants import GPTQ, SCHEMES, expected, quantized
 
 
@@ -122,3 +124,42 @@ def test_a_method_that_no_table_knows_is_refused_by_name(tmp_path: Path):
     made, held = quantized("fp8", quantization_config={"quant_method": "bitsandbytes"})
     with pytest.raises(UnsupportedModel, match="quant_method 'bitsandbytes', which the built-in tables do not know"):
         shardtool.save(put(tmp_path / "model", model(made, held)), tmp_path / "out", tp=2, layout="vllm:builtin")
+
+
+def mixtures_of_experts() -> dict[str, tuple[dict[str, Any], Tensors, str | None]]:
+    """config.json, tensors and the backend of quantized models with experts."""
+    return {
+        "static": (*mixture("static", activation_scheme="static"), None),
+        "blocks": (*mixture("block", weight_block_size=[64, 64]), None),
+        "mxfp4": (*gpt_oss(), "marlin"),
+    }
+
+
+@pytest.mark.parametrize("ep", [False, True])
+@pytest.mark.parametrize("name", ["static", "blocks", "mxfp4"])
+def test_quantized_experts_are_resharded_and_merged(name: str, ep: bool, tmp_path: Path):
+    made, held, backend = mixtures_of_experts()[name]
+    source = put(tmp_path / "model", model(made, held))
+    said: dict[str, Any] = {"layout": "vllm:builtin", "expert_parallel": ep, "moe_backend": backend}
+    sizes = (1, 2) if name == "mxfp4" else (2, 4)  # at 4 ranks the blocks are made finer
+    for tp in sizes:
+        shardtool.save(source, tmp_path / f"tp{tp}", tp=tp, **said)
+    for a, b in (sizes, sizes[::-1]):
+        shardtool.reshard(tmp_path / f"tp{a}", tmp_path / f"again{b}", tp=b)
+        wanted = contents(tmp_path / f"tp{b}")
+        assert [rank_tensors(contents(tmp_path / f"again{b}"), r) for r in range(b)] == [
+            rank_tensors(wanted, r) for r in range(b)
+        ]
+        shardtool.merge(tmp_path / f"tp{a}", tmp_path / f"whole{a}")
+        assert whole_tensors(contents(tmp_path / f"whole{a}")) == held
+
+
+def test_quantized_layers_lie_in_their_pipeline_stages(tmp_path: Path):
+    made, held = quantized("fp8-static")
+    shardtool.save(put(tmp_path / "model", model(made, held)), tmp_path / "out", tp=1, pp=2, layout="vllm:builtin")
+    files = contents(tmp_path / "out")
+    for stage in range(2):
+        (key,) = [key for key in files if key.startswith(f"model-pp-{stage}-tp-0-")]
+        found, wanted = parsed(files[key]), expected("fp8-static", held, 0, 1)
+        mine = {name: raw for name, raw in wanted.items() if name.startswith(f"model.layers.{stage}.")}
+        assert {name: raw for name, raw in found.items() if name in wanted} == mine

@@ -31,7 +31,7 @@ def main() -> int:
     parser.add_argument("name", nargs="*", help="default: all")
     parser.add_argument("--engine-python", help="a Python that has the engine")
     parser.add_argument("--update", action="store_true")
-    asked = parser.parse_args()
+    asked = parser.parse_intermixed_args()
     changed = 0
     for name in asked.name or traced.names(asked.group):
         kept = traced.read(asked.group, name)
