@@ -100,7 +100,7 @@ def config(family: str = "llama", **changes: Any) -> dict[str, Any]:
     kind = KINDS[family]
     made: dict[str, Any] = {
         "architectures": [kind.architecture],
-        "model_type": family,
+        "model_type": {"gemma3": "gemma3_text"}.get(family, family),
         "hidden_size": 32,
         "intermediate_size": 48,
         "num_hidden_layers": 2,

@@ -62,7 +62,7 @@ PRIVILEGES: dict[str, tuple[str, ...]] = {
     "rich":     ("L5 faces", "the front"),
     "tqdm":     ("L5 faces", "the front"),
 }
-LAZY_TORCH = ("dtypes", "computed", "ops.tp_plan")                      # these import it in functions or for type checkers only
+LAZY_TORCH = ("dtypes", "computed", "ops.tp_plan")  # these import it in functions or for type checkers only
 
 PURE = ("L1 nouns", "L2a layouts")            # floors that neither read nor write anything
 IMPURE = ("os", "io", "pathlib", "shutil", "tempfile", "glob", "mmap", "socket", "ssl", "http", "urllib", "subprocess")

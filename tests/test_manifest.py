@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shardtool
-from shardtool import manifest
 from shardtool.digest import TensorDigest
 from shardtool.dtypes import DType
 from shardtool.errors import FormatError, ShardtoolError
 from shardtool.manifest import FileRecord, Manifest, TensorRecord, decode
 from shardtool.mosaic import Logical
+from shardtool.plan import OPERATIONS
 from tests.builders import Files, Raw, config, contents, flipped, model, places, put, tensors
 from tests.builders import random as random_raw
 from tests.ops.cases import Case, cases
@@ -274,6 +274,12 @@ def test_a_digest_cannot_be_taken_off():
 
 def test_the_schema_is_one():
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
+
+
+def test_the_schema_and_the_document_know_every_operation_of_a_program():
+    assert SCHEMA["$defs"]["program"]["properties"]["op"]["enum"] == sorted(OPERATIONS)
+    document = (ROOT / "docs" / "manifest.md").read_text()
+    assert all(f"`{operation}`" in document for operation in OPERATIONS)
 
 
 def test_the_schema_and_the_document_have_the_fields_of_the_manifest_in_its_order():

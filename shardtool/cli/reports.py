@@ -17,7 +17,6 @@ from shardtool.display import counted, show_seconds, show_speed, speed
 from shardtool.units import show_size
 
 if TYPE_CHECKING:
-    from shardtool.layouts.base import Outline
     from shardtool.layouts.file import FileLayout
     from shardtool.layouts.file import Traced as AtSizes
     from shardtool.ops.inspect import Inspection
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from shardtool.ops.load import LoadReport
     from shardtool.ops.structure import FileCheck
     from shardtool.ops.verify import Report, TensorDifference
-    from shardtool.parallel import Parallel
 
 _RESTS_ON = {"save": " (same headers, samples, flags; shardtool verify --against checks every byte)"}
 """What it rests on that a job counts as done, where not every byte of its source is bound to it."""
@@ -320,9 +318,9 @@ class Traced:
     @property
     def changes(self) -> list[str]:
         """What differs from the earlier file, in sentences."""
-        from shardtool.layouts.difference import several
+        from shardtool.layouts.difference import files
 
-        return [] if self.earlier is None else several(_outlines(self.earlier), _outlines(self.found))
+        return [] if self.earlier is None else files(self.earlier, self.found)
 
     @property
     def exit_code(self) -> int:
@@ -381,12 +379,6 @@ class Traced:
             display.out(*self.changes)
             if not self.changes and not quiet:
                 display.out(f"nothing changed since {self.earlier.engine} {self.earlier.engine_version}")
-
-
-def _outlines(layout: FileLayout) -> dict[Parallel, Outline]:
-    from shardtool.layouts.base import Outline
-
-    return {one.parallel: Outline(one.recipe, one.dropped, one.copies, one.amendments) for one in layout.traced}
 
 
 def _count(traced: AtSizes) -> int:

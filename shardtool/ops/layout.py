@@ -185,8 +185,8 @@ def _transformers(source: Source, choice: Choice) -> Layout:
     ):
         if said:
             raise UsageError(
-                f"{flag} means nothing to --layout transformers, which asks the transformers of this Python and runs no "
-                f"code of a checkpoint; leave it out"
+                f"{flag} means nothing to --layout transformers, which asks the transformers of this Python and runs "
+                f"no code of a checkpoint; leave it out"
             )
     from shardtool.ops import tp_plan
 

@@ -78,7 +78,7 @@ class Engine:
         """The class of the model."""
         from sglang.srt.model_loader.utils import get_model_architecture
 
-        return str(get_model_architecture(self.config(parallel))[1])
+        return str(get_model_architecture(self.config(parallel))[0].__name__)
 
     @contextmanager
     def rank(self, parallel: Parallel, rank: int) -> Iterator[Any]:

@@ -278,13 +278,18 @@ class Tape(TorchDispatchMode):
 
 
 class Literals(TorchFunctionMode):
-    """Keeps the values of ``torch.tensor(1.0)``, which on the meta device would be lost.
+    """What the code of a constructor does before an operation sees it.
 
-    They are made on the CPU and moved; the move is recorded with them. Values that leave torch some other way than
-    through an operation (``numpy``) are asked of the tape like all others.
+    Literals, ``torch.tensor(1.0)``, would lose their value on the meta device: they are made on the CPU and moved, and
+    the move is recorded with them. New tensors that ask for another device go to the meta device like the rest. Values
+    that leave torch some other way than through an operation (``numpy``) are asked of the tape.
     """
 
     _MADE = (torch.tensor, torch.as_tensor, torch.asarray)
+    _NEW = frozenset(
+        {torch.empty, torch.empty_like, torch.empty_strided, torch.full, torch.full_like, torch.ones, torch.ones_like}
+        | {torch.zeros, torch.zeros_like, torch.arange, torch.eye, torch.linspace, torch.rand, torch.randn}
+    )
     _LEAVE = (torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__)
 
     def __init__(self, tape: Tape) -> None:
@@ -298,6 +303,8 @@ class Literals(TorchFunctionMode):
             device = kwargs.get("device")
             if device is None or torch.device(device).type == "meta":
                 return func(*args, **{**kwargs, "device": "cpu"}).to(META)
+        if func in self._NEW and kwargs.get("device") is not None:
+            return func(*args, **{**kwargs, "device": META, "pin_memory": False})
         if func in self._LEAVE:
             return func(self._tape.real(args[0]), *args[1:], **kwargs)
         return func(*args, **kwargs)

@@ -40,6 +40,7 @@ SETTINGS = {
     "RANK": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_HOST_IP": "127.0.0.1",
@@ -109,7 +110,7 @@ class Engine:
         """The class of the model."""
         from vllm.model_executor.model_loader.utils import get_model_architecture
 
-        return str(get_model_architecture(self.config(parallel).model_config)[1])
+        return str(get_model_architecture(self.config(parallel).model_config)[0].__name__)
 
     @contextmanager
     def rank(self, parallel: Parallel, rank: int) -> Iterator[Any]:

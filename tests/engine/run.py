@@ -26,6 +26,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -38,8 +39,7 @@ LAYOUTS = ("traced", "builtin")
 @contextlib.contextmanager
 def tracing_here() -> Iterator[None]:
     """Let every trace run in a fork of one process that has imported vLLM, instead of one that starts from nothing."""
-    from shardtool.trace import parent
-
+    parent: Any = import_module("shardtool.trace.parent")
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload(["tests.engine.preload"])
 

@@ -17,11 +17,11 @@ import pytest
 from tests.engine.report import passed, tabled, wrong
 
 ROOT = Path(__file__).parents[2]
-WITH_TABLE = ("LlamaForCausalLM", "GPT2LMHeadModel", "MixtralForCausalLM", "DeepseekV3ForCausalLM")
+WITH_TABLE = ("LlamaForCausalLM", "GPT2LMHeadModel", "MixtralForCausalLM", "DeepseekV3ForCausalLM", "Olmo2ForCausalLM")
 TRACED = (
     "MambaForCausalLM",  # computed tensors
     "Qwen3NextForCausalLM",  # two kinds of layers
-    "Olmo2ForCausalLM",  # vLLM's Transformers backend
+    "SmolLM3ForCausalLM",  # vLLM's Transformers backend
     "WhisperForConditionalGeneration",  # an encoder, a bias that the checkpoint does not have
     "Qwen2VLForConditionalGeneration",
     "ModernBertForSequenceClassification",

@@ -212,7 +212,7 @@ def _join(rank: int, world: World, port: int) -> None:
     torch.accelerator.empty_cache = lambda *args, **kwargs: None
     torch.accelerator.synchronize = lambda *args, **kwargs: None
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     with set_current_vllm_config(VllmConfig()):  # without a model, the groups of experts are made too
         size = world.tp * world.pp
         init_distributed_environment(size, rank, f"tcp://127.0.0.1:{port}", rank, backend="gloo")

@@ -188,7 +188,7 @@ def small(config_class: type, variant: str, path: str = "") -> dict[str, Any]:
     if isinstance(out.get("image_size"), int) and isinstance(nested.get("patch_size"), int):
         out["image_size"] = 4 * nested["patch_size"]
     for name, value in nested.items():
-        if name in getattr(config_class, "sub_configs", {}) and dataclasses.is_dataclass(value):
+        if name in getattr(config_class, "sub_configs", {}) and hasattr(value, "model_type"):
             inner = small(type(value), variant, f"{path}{name}.")
             out[name] = {"model_type": value.model_type, **inner}
     if variant == "b" and not path:

@@ -383,7 +383,7 @@ def vl_shapes(c: Config) -> Shapes:
     text, v = {**c["text_config"], "tie_word_embeddings": c["tie_word_embeddings"]}, c["vision_config"]
     found = llama_like(text, NORMS, qkv_bias=True)
     hidden, merged = v["hidden_size"], 4 * v["hidden_size"]
-    found |= {"visual.patch_embed.proj.weight": (hidden, 3, 2, 2, 2), "visual.merger.ln_q.weight": (hidden,)}
+    found |= {"visual.patch_embed.proj.weight": (hidden, 3, 2, 14, 14), "visual.merger.ln_q.weight": (hidden,)}
     found |= linear("visual.merger.mlp.0", merged, merged) | linear("visual.merger.mlp.2", text["hidden_size"], merged)
     for i in range(v["depth"]):
         at = f"visual.blocks.{i}."

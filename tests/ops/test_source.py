@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import shardtool
-from shardtool.errors import FormatError, Incomplete, NotFound, PlanError, UsageError
+from shardtool.errors import FormatError, Incomplete, NotFound, UsageError
 from shardtool.ops import source as sources
 from shardtool.ops.source import MAX_SIDE, open_source
 from tests.builders import (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import event, given, settings
@@ -272,11 +273,20 @@ def test_a_copy_to_the_cpu_that_nobody_reads_is_a_copy() -> None:
     assert check(lambda s: s["a"].cpu()[1:], (4,)).pieces[0].source == "a"
 
 
+def test_parameters_that_ask_for_another_device_are_traced_like_the_rest() -> None:
+    def code(s: dict[str, torch.Tensor]) -> torch.Tensor:
+        parameter = torch.empty(4, device="cpu")
+        parameter.copy_(s["a"])
+        return parameter
+
+    assert check(code, (4,)).pieces[0].source == "a"
+
+
 def test_tensors_that_a_loader_invents_on_the_cpu_are_constants() -> None:
     def code(s: dict[str, torch.Tensor]) -> torch.Tensor:
         parameter = torch.empty(2, 3)
-        parameter[0].copy_(torch.zeros(3, device="cpu"))
-        parameter[1].copy_(s["a"] + torch.ones(3, device="cpu"))
+        parameter[0].copy_(torch.from_numpy(np.zeros(3)))
+        parameter[1].copy_(s["a"] + torch.from_numpy(np.ones(3, dtype="f4")))
         return parameter
 
     check(code, (3,))
