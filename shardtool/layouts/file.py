@@ -92,7 +92,8 @@ class FileLayout:
             held = ", ".join(str(one.parallel) for one in self.traced)
             raise PlanError(
                 f"{self.where} holds the layout of {self.engine} {self.engine_version} for {held}, not for {parallel}: "
-                f"trace it for these sizes where {self.engine} is installed, or use a built-in layout"
+                f"--layout {self.engine}:traced where {self.engine} is installed, --layout {self.engine}:builtin if a "
+                f"table knows the model, or --layout with a file of these sizes"
             )
         self._check_tensors(model.tensors)
         notes = [

@@ -20,8 +20,11 @@ from shardtool.trace import parent as tracing
 
 def check_fit(
     checkpoint: Checkpoint, engine: str, python: str | None, trust_remote_code: bool, moe_backend: str | None
-) -> list[FileCheck]:
-    """What the engine would stumble over, rank by rank. Raises ``UnsupportedModel`` where it cannot build the model."""
+) -> tuple[list[FileCheck], str]:
+    """What the engine would stumble over, rank by rank, and which engine it was.
+
+    Raises ``UnsupportedModel`` where it cannot build the model.
+    """
     ranks = checkpoint.ranks
     if not ranks:
         raise UsageError(f"--engine {engine}: {checkpoint.uri} is not sharded; it is for the ranks' own files")
@@ -51,4 +54,4 @@ def check_fit(
         wanted = {name: f"{kind.dtype.name} {list(kind.shape)}" for name, kind in expected.ranks[rank].items()}
         found = {name: f"{s.dtype.name} {list(s.shape)}" for name, s in held.get(rank, {}).items()}
         whole.why += [f"{engine} would not take it: {why}" for why in unlike(rank, found, wanted, shapes=True)]
-    return [whole] if whole.why else []
+    return [whole] if whole.why else [], f"{engine} {expected.engine_version}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,8 @@ from shardtool.manifest import FileRecord
 from shardtool.plan import File
 from shardtool.stores.base import Object, Store
 
+FEW = 4
+"""Tensors that have a note each."""
 _NUMBER = re.compile(r"[0-9]{1,18}")
 
 
@@ -84,6 +86,18 @@ class Summary:
     complete: bool = False
     notes: tuple[str, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
+
+
+def for_reasons(reasons: Mapping[str, str], one: str, many: str) -> Iterator[str]:
+    """Notes on tensors, by name: those for one reason are one note where they are more than a few."""
+    groups: dict[str, list[str]] = {}
+    for name, reason in sorted(reasons.items()):
+        groups.setdefault(reason, []).append(name)
+    for reason, names in groups.items():
+        if len(names) > FEW:
+            yield f"{len(names)} tensors {many}, first {names[0]}: {reason}"
+        else:
+            yield from (f"{name} {one}: {reason}" for name in names)
 
 
 def split_parts(sizes: Mapping[str, int], most: int) -> dict[str, int]:

@@ -161,6 +161,7 @@ def trace(
             moe_backend=choice.moe_backend,
         ),
         python=choice.engine_python,
+        progress=progress,
     )
 
 

@@ -17,7 +17,7 @@ from shardtool.errors import FormatError, NotFound, PlanError
 from shardtool.manifest import FileRecord, Manifest
 from shardtool.mosaic import resolve
 from shardtool.ops import source as sources
-from shardtool.ops.job import Job, Means, Summary, split_parts
+from shardtool.ops.job import Job, Means, Summary, for_reasons, split_parts
 from shardtool.ops.source import Source
 from shardtool.ops.verify import check_input
 from shardtool.ops.write import perform
@@ -139,7 +139,7 @@ def _index(files: Sequence[tuple[int, File]], sample: str) -> bytes:
 
 
 def _notes(lost: dict[str, str], narrowed: dict[str, DType]) -> list[str]:
-    notes = [f"{name} was dropped and not kept: {reason}" for name, reason in sorted(lost.items())]
+    notes = list(for_reasons(lost, "was dropped and not kept", "were dropped and not kept"))
     if narrowed:
         first = min(narrowed)
         notes.append(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -14,7 +14,7 @@ from shardtool.layouts.base import Outline
 from shardtool.manifest import Dropped, FileRecord, Manifest
 from shardtool.ops import layout as layouts
 from shardtool.ops import source as sources
-from shardtool.ops.job import Job, Means, Summary, split_parts
+from shardtool.ops.job import Job, Means, Summary, for_reasons, split_parts
 from shardtool.ops.layout import Choice
 from shardtool.ops.source import Source
 from shardtool.ops.write import perform
@@ -242,17 +242,20 @@ def _files(made: Manifest, parallel: Parallel, named: pattern.Pattern, most: int
     return files
 
 
+def _dropped_notes(dropped: Sequence[Dropped]) -> Iterator[str]:
+    """What is dropped and why; many for one reason are one note."""
+    for kept, after in ((True, " (kept for merge)"), (False, " (not kept: merge cannot give it back)")):
+        reasons = {one.name: one.reason + after for one in dropped if one.kept is kept}
+        yield from for_reasons(reasons, "is dropped", "are dropped")
+
+
 def _notes(source: Source, made: Manifest) -> list[str]:
     """What people should know before and after."""
     notes = [
         f"{o.key} ({show_size(o.size)}) stays behind: side files come along up to {show_size(sources.MAX_SIDE)}"
         for o in source.skipped
     ]
-    notes += [
-        f"{d.name} is dropped: {d.reason}"
-        + (" (kept for merge)" if d.kept else " (not kept: merge cannot give it back)")
-        for d in made.dropped
-    ]
+    notes += _dropped_notes(made.dropped)
     notes += [f"{copy} equals {of} and is stored once" for copy, of in made.copies.items()]
     notes += [f"config.json is written with {key}: {value!r}" for key, value in made.amendments.items()]
     unused = {d.name for d in made.dropped}

@@ -133,8 +133,10 @@ def verify(
                 report.depth = "digests"
                 _digests(checkpoint.store, files, made, report, memory_limit, concurrency, progress)
         if engine is not None:
-            report.files += check_fit(checkpoint, engine, engine_python, trust_remote_code, moe_backend)
-            report.notes.append(f"asked {engine}: it builds each rank's model and names the tensors that it expects")
+            checks, asked = check_fit(checkpoint, engine, engine_python, trust_remote_code, moe_backend)
+            report.files += checks
+            if not checks:
+                report.notes.append(f"{asked} expects just these names, dtypes and shapes on every rank")
         if against is not None:
             report.depth = "equality"
             other = sources.open_source(os.fspath(against))

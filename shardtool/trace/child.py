@@ -123,10 +123,11 @@ def shapes(engine: Engine, sizes: Parallel, done: Done) -> dict[str, Any]:
     """What every rank of some sizes holds: name -> dtype and shape, aliases left out."""
     ranks = []
     for rank in sizes.ranks:
-        with engine.rank(sizes, rank) as config, META:
-            state = engine.construct(config).state_dict()
         log = Log()
-        targets, _ = kept(log, state)
+        tape = Tape(log, Contents(log).value)
+        with engine.rank(sizes, rank) as config, META, tape, Literals(tape):
+            model = engine.construct(config)
+        targets, _ = kept(log, model.state_dict())
         done()
         ranks.append({name: [from_name(str(ref.dtype)).name, list(ref.shape)] for name, ref in targets.items()})
     return {"parallel": sizes.to_json(), "ranks": ranks}

@@ -270,6 +270,8 @@ def _error(job: Job, error: Mapping[str, Any]) -> errors.ShardtoolError:
         return known(message)
     if kind != "engine":
         return UnsupportedModel(f"{_TITLES[job.engine]} loads this model in a way that cannot be traced: {message}")
+    if "trust_remote_code" in message and not job.trust_remote_code:
+        return UnsupportedModel(f"{job.uri} has code of its own, which runs only with --trust-remote-code")
     return UnsupportedModel(f"{_TITLES[job.engine]} cannot load this model: {essence(message)}")
 
 

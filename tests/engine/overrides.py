@@ -204,6 +204,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "acoustic_tokenizer_encoder_config": {"num_filters": 4, "hidden_size": 64},
         "semantic_tokenizer_encoder_config": {"num_filters": 4, "hidden_size": 64},
     },
+    "VoxtralConfig": {"audio_config": {"downsample_factor": 4}},
+    "XLMRobertaConfig": {"position_embedding_type": "absolute"},
     "Zamba2Config": {"num_key_value_heads": 12},
 }
 

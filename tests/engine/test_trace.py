@@ -36,7 +36,7 @@ MODELS = [
     ("DeepseekV3ForCausalLM", "b", World(2, 2, True)),
     ("GPTNeoXForCausalLM", "b", World(2)),
     ("MambaForCausalLM", "b", World(2)),
-    ("BloomForCausalLM", "b", World(2)),
+    ("BloomForCausalLM", "a", World(2)),
 ]
 
 
@@ -139,7 +139,7 @@ def test_the_code_of_a_checkpoint_runs_only_when_it_is_trusted(work: Path, tmp_p
         f"Path({str(mark)!r}).touch()\n"
         "class Own(LlamaConfig):\n    model_type = 'of_its_own'\n"
     )
-    with pytest.raises(UnsupportedModel, match="trust_remote_code"):
+    with pytest.raises(UnsupportedModel, match="runs only with --trust-remote-code"):
         parent.trace(job(model, Parallel(1)))
     assert not mark.exists()
     parent.trace(job(model, Parallel(1), trust_remote_code=True))

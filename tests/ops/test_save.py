@@ -34,6 +34,7 @@ from tests.builders import (
     parsed,
     places,
     put,
+    random,
     rank_tensors,
     tensors,
 )
@@ -456,3 +457,16 @@ def test_a_worker_reads_no_more_than_its_ranks_need(monkeypatch: pytest.MonkeyPa
         done = shardtool.save(source, place("b"), tp=2, ranks=[1])
         assert counted(source).bytes_read - planning == plan.bytes_to_read == done.bytes_to_read
         assert plan.bytes_to_read <= sum(raw.array.nbytes for raw in HELD.values())
+
+
+def test_many_tensors_that_are_dropped_for_one_reason_are_one_note(tmp_path: Path):
+    made = config(num_hidden_layers=6)
+    held = tensors(made)
+    for i in range(6):
+        held[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = random((2,), "F32")
+    put(tmp_path / "model", model(made, held))
+    notes = shardtool.save(tmp_path / "model", tmp_path / "out", tp=2).notes
+    (note,) = (note for note in notes if "dropped" in note)
+    first = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    assert note.startswith(f"6 tensors are dropped, first {first}: a table of the rotary embedding")
+    assert note.endswith("(kept for merge)")

@@ -87,6 +87,12 @@ def test_a_crash_is_one_sentence_with_the_last_words(code: int, sentence: str) -
     [
         ("engine", "ValueError: no such\nmodel", UnsupportedModel, "vLLM cannot load this model: ValueError: no such"),
         ("Refused", "it sorts", UnsupportedModel, "vLLM loads this model in a way that cannot be traced: it sorts"),
+        (
+            "engine",
+            "OSError: it contains code\nPlease pass trust_remote_code=True",
+            UnsupportedModel,
+            "some/model has code of its own, which runs only with --trust-remote-code",
+        ),
         ("PlanError", "not 3", PlanError, "not 3"),
     ],
 )
