@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from shardtool.ops.model import load_model
     from shardtool.ops.reshard import reshard
     from shardtool.ops.save import save
+    from shardtool.ops.trace import trace
     from shardtool.ops.verify import verify
     from shardtool.stores import open_store
 
@@ -58,6 +59,7 @@ _LAZY = {
     "reshard": "shardtool.ops.reshard",
     "save": "shardtool.ops.save",
     "stream": "shardtool.ops.load",
+    "trace": "shardtool.ops.trace",
     "verify": "shardtool.ops.verify",
 }
 
@@ -87,6 +89,7 @@ __all__ = [
     "reshard",
     "save",
     "stream",
+    "trace",
     "verify",
 ]
 

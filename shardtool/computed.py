@@ -78,7 +78,9 @@ class Computed(Store):
                 f"the operation {program.op!r} yields {result.dtype} {list(result.shape)}, the recipe says "
                 f"{program.dtype.name} {list(program.shape)}"
             )
-        return result.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        # A copy: one element may have strides with which torch does not look at its bytes.
+        plain = result.reshape(-1).clone(memory_format=torch.contiguous_format)
+        return plain.view(torch.uint8).numpy().tobytes()
 
     def _value(self, program: Program) -> torch.Tensor:
         import torch

@@ -36,7 +36,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "L3 engine":     (("budget", "buffers", "cast", "sinks", "sinks.*",
                        "engine", "checkpoint", "torchread", "computed"),       ("L0 words", "L1 nouns", "L2a layouts",
                                                                                 "L2b stores")),
-    "L3 tracing":    (("trace", "trace.*"),                                    ("L0 words", "L1 nouns", "L2a layouts",
+    "L3 tracing":    (("tracing", "tracing.*"),                                ("L0 words", "L1 nouns", "L2a layouts",
                                                                                 "L3 engine")),
     "L4 operations": (("ops", "ops.*"),                                        ("L0 words", "L1 nouns", "L2a layouts",
                                                                                 "L2b stores", "L3 engine",
@@ -70,7 +70,7 @@ PURE_PATHS = ("PurePath", "PurePosixPath")    # the part of pathlib that is only
 
 QUIET_UP_TO = "L4 operations"                 # this floor and those before it never print
 # The only one that reads environment variables; an engine that is traced is set up by variables in its own process.
-ENVIRONMENT = ("settings", "trace.vllm", "trace.sglang")
+ENVIRONMENT = ("settings", "tracing.vllm", "tracing.sglang")
 MOST_LINES = 500
 # fmt: on
 

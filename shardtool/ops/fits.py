@@ -15,7 +15,7 @@ from shardtool.mosaic import Logical
 from shardtool.ops.layout import write_side_files
 from shardtool.ops.structure import WHOLE, FileCheck, unlike
 from shardtool.parallel import Parallel
-from shardtool.trace import parent as tracing
+from shardtool.tracing import parent as tracing
 
 
 def check_fit(

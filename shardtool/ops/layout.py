@@ -26,7 +26,7 @@ from shardtool.ops.source import Source
 from shardtool.parallel import Parallel
 from shardtool.stores import open_store
 from shardtool.stores.base import Store
-from shardtool.trace import parent as tracing
+from shardtool.tracing import parent as tracing
 
 NAMES = ("vllm", "vllm:builtin", "vllm:traced", "sglang", "sglang:builtin", "sglang:traced", "transformers")
 MOST = 1 << 30

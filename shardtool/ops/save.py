@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from shardtool import __version__, computed, header, manifest, pattern
 from shardtool.dtypes import DType, lossless
 from shardtool.errors import FormatError, NotFound, UsageError
-from shardtool.layouts.base import Outline
+from shardtool.layouts.base import Layout, Outline
 from shardtool.manifest import Dropped, FileRecord, Manifest
 from shardtool.ops import layout as layouts
 from shardtool.ops import source as sources
 from shardtool.ops.job import Job, Means, Summary, for_reasons, split_parts
 from shardtool.ops.layout import Choice
 from shardtool.ops.source import Source
+from shardtool.ops.structure import partly_held
 from shardtool.ops.write import perform
 from shardtool.parallel import Parallel
 from shardtool.plan import File, Tensor, itself
@@ -124,6 +125,8 @@ def plan(source: Source, to: Store, cut: Cut) -> Job:
     layout, outline, held = layouts.outlined(source, cut.choice, parallel, cut.dtype)
     amendments = {**outline.amendments, **_dtype_amendment(source, held)}
     config = sources.amended(source.config_text, amendments)
+    if layout.record().get("kind") == "traced":
+        outline = _with_parts(outline, source, layout)
     dropped = _dropped(source, outline, cut.keep_dropped)
     side = sources.side_records(source, config)
     made = Manifest(
@@ -191,6 +194,20 @@ def _dtype_amendment(source: Source, held: DType) -> dict[str, str]:
     keys = [key for key in ("dtype", "torch_dtype") if key in source.config] or ["dtype"]
     wanted = held.torch_name or ""
     return {key: wanted for key in keys if source.config.get(key) != wanted}
+
+
+def _with_parts(outline: Outline, source: Source, layout: Layout) -> Outline:
+    """The outline with the tensors of which an engine takes a part only: they are kept whole, and people are told.
+
+    An engine whose parameter is smaller than the checkpoint's tensor takes its beginning without a word.
+    """
+    partly = {
+        name: why for name, why in partly_held(outline.recipe, source.inventory).items() if name not in outline.dropped
+    }
+    if not partly:
+        return outline
+    reason = f"{layout.engine} takes only a part of it; check config.json"
+    return replace(outline, dropped={**outline.dropped, **dict.fromkeys(partly, reason)})
 
 
 def _dropped(source: Source, outline: Outline, keep_all: bool) -> tuple[Dropped, ...]:

@@ -158,6 +158,17 @@ def coverage(made: Manifest) -> list[str]:
     return troubles
 
 
+def partly_held(recipe: Recipe, inventory: Mapping[str, Logical]) -> dict[str, str]:
+    """The source tensors of which a recipe takes some elements and not all, and how many it leaves."""
+    found: dict[str, str] = {}
+    seen: dict[tuple[tuple[int, ...], tuple[int, ...]], bool] = {}
+    for name, windows in _windows(recipe).items():
+        logical = inventory.get(name)
+        if logical is not None and (trouble := _covered(name, logical, windows, seen)):
+            found[name] = trouble
+    return found
+
+
 def _windows(recipe: Recipe) -> dict[str, tuple[tuple[Window, ...], ...]]:
     """The windows that are taken of each source; rules share theirs among all their numbers."""
     found: dict[str, tuple[tuple[Window, ...], ...]] = {}

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from importlib import import_module
 
-from shardtool.trace import stubs, vllm
+from shardtool.tracing import stubs, vllm
 
 os.environ.update(vllm.SETTINGS)
 stubs.install("torchvision")
 for _name in (
-    "shardtool.trace.child",
+    "shardtool.tracing.child",
     "transformers",
     "vllm.distributed",
     "vllm.engine.arg_utils",

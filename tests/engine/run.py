@@ -39,7 +39,7 @@ LAYOUTS = ("traced", "builtin")
 @contextlib.contextmanager
 def tracing_here() -> Iterator[None]:
     """Let every trace run in a fork of one process that has imported vLLM, instead of one that starts from nothing."""
-    parent: Any = import_module("shardtool.trace.parent")
+    parent: Any = import_module("shardtool.tracing.parent")
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload(["tests.engine.preload"])
 
@@ -61,7 +61,7 @@ def _trace(job: str, out: str) -> None:
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
-    from shardtool.trace import child
+    from shardtool.tracing import child
 
     sys.exit(child.main(job, out))
 

@@ -10,7 +10,7 @@ import pytest
 from shardtool.errors import UnsupportedModel
 from shardtool.layouts import difference
 from shardtool.parallel import Parallel
-from shardtool.trace import parent
+from shardtool.tracing import parent
 from tests.engine import kept, sglang_truth
 from tests.layouts import traced
 from tests.layouts.traced.__main__ import again

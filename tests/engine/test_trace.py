@@ -15,7 +15,7 @@ from shardtool.errors import UnsupportedModel
 from shardtool.layouts import file as files
 from shardtool.layouts.base import Parallel
 from shardtool.mosaic import Logical
-from shardtool.trace import parent
+from shardtool.tracing import parent
 from tests.engine import replay
 from tests.engine.compare import rank_tensors
 from tests.engine.truth import Ranks, World

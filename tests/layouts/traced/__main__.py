@@ -7,7 +7,7 @@ import json
 import sys
 
 from shardtool.layouts import difference
-from shardtool.trace import parent
+from shardtool.tracing import parent
 from tests.layouts import traced
 from tests.layouts.traced import Golden
 

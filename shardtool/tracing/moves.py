@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from itertools import product
 from typing import Any, NamedTuple
 
-from shardtool.trace.tape import Ref, Refused, Write
+from shardtool.tracing.tape import Ref, Refused, Write
 from shardtool.window import Window, row_major, without
 
 MOST_WINDOWS = 1 << 14

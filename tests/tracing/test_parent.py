@@ -14,7 +14,7 @@ from shardtool.dtypes import DType
 from shardtool.errors import PlanError, UnsupportedModel, UsageError
 from shardtool.layouts.base import Parallel
 from shardtool.mosaic import Logical
-from shardtool.trace import parent
+from shardtool.tracing import parent
 
 TENSORS = {"a": Logical(DType.BF16, (1 << 20, 1 << 20)), "b": Logical(DType.F8_E4M3, (3,))}
 
@@ -132,4 +132,4 @@ def test_a_child_that_ends_without_an_answer_is_an_error(tmp_path: Path) -> None
 def test_the_package_is_given_to_another_python_alone(tmp_path: Path) -> None:
     folder = parent._path(tmp_path)
     assert [path.name for path in folder.iterdir()] == ["shardtool"]
-    assert (folder / "shardtool" / "trace" / "child.py").exists()
+    assert (folder / "shardtool" / "tracing" / "child.py").exists()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shardtool.trace.aliases import kept
-from shardtool.trace.tape import Log
+from shardtool.tracing.aliases import kept
+from shardtool.tracing.tape import Log
 
 
 def found(device: str) -> tuple[set[str], dict[str, str]]:

@@ -1,6 +1,6 @@
 """An engine that is traced without being installed: a model of two parallel layers, in plain torch.
 
-It has the methods of an adapter room (``shardtool/trace/vllm.py``). ``TINY`` says what goes wrong in it, if anything.
+It has the methods of an adapter room (``shardtool/tracing/vllm.py``). ``TINY`` says what goes wrong in it, if anything.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ from torch.utils._pytree import tree_map
 
 from shardtool.dtypes import DType, from_name, lossless
 from shardtool.errors import UsageError
-from shardtool.trace import moves
-from shardtool.trace.tape import META, DependsOnSource, Log, Ref, Refused, Write
+from shardtool.tracing import moves
+from shardtool.tracing.tape import META, DependsOnSource, Log, Ref, Refused, Write
 from shardtool.window import Window, flat, join, row_major, without
 
 MOST_VALUES = 1 << 26

@@ -11,10 +11,10 @@ import torch
 
 from shardtool import recipe_json
 from shardtool.parallel import Parallel
-from shardtool.trace import child
-from shardtool.trace.tape import Refused
+from shardtool.tracing import child
+from shardtool.tracing.tape import Refused
 from tests.engine import replay
-from tests.trace import tiny
+from tests.tracing import tiny
 
 VALUES = {
     name: (torch.arange(torch.Size(shape).numel()) / 16 - 1).to(dtype).reshape(shape)

@@ -29,7 +29,7 @@ import torch
 
 from shardtool.errors import UnsupportedModel
 from shardtool.parallel import Parallel
-from shardtool.trace import stubs
+from shardtool.tracing import stubs
 
 NAME = "sglang"
 TESTED = ("0.5.23",)

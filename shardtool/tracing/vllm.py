@@ -24,7 +24,7 @@ import torch
 
 from shardtool.errors import UnsupportedModel
 from shardtool.parallel import Parallel
-from shardtool.trace import stubs
+from shardtool.tracing import stubs
 
 NAME = "vllm"
 TESTED = ("0.24", "0.27", "0.31", "0.32")

@@ -1,4 +1,4 @@
-"""The process in which an engine is traced: ``python -m shardtool.trace.child JOB.json OUT.json``.
+"""The process in which an engine is traced: ``python -m shardtool.tracing.child JOB.json OUT.json``.
 
 It runs under the engine's own Python, which needs torch and the engine, and of ours this package on its path.
 ``JOB.json`` says what to do (``parent.py`` writes it), ``OUT.json`` is the answer or ``{"error": ...}``; what the
@@ -26,10 +26,10 @@ from shardtool.fold import Folding
 from shardtool.parallel import Parallel
 from shardtool.plan import Mosaic
 from shardtool.recipe import Recipe, filled
-from shardtool.trace.aliases import kept
-from shardtool.trace.compile import Compiler
-from shardtool.trace.contents import Contents
-from shardtool.trace.tape import META, Literals, Log, Refused, Tape
+from shardtool.tracing.aliases import kept
+from shardtool.tracing.compile import Compiler
+from shardtool.tracing.contents import Contents
+from shardtool.tracing.tape import META, Literals, Log, Refused, Tape
 
 WEIGHTS = "model.safetensors"
 Sources = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -164,9 +164,9 @@ def _sources(folder: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
 def _engine(job: Mapping[str, Any]) -> Engine:
     room: Any
     if job["engine"] == "vllm":
-        from shardtool.trace import vllm as room
+        from shardtool.tracing import vllm as room
     elif job["engine"] == "sglang":
-        from shardtool.trace import sglang as room
+        from shardtool.tracing import sglang as room
     else:
         raise ValueError(f"{job['engine']!r} is not an engine that can be traced")
     engine: Engine = room.Engine(

@@ -25,8 +25,8 @@ import torch
 from shardtool.dtypes import castable
 from shardtool.errors import ShardtoolError
 from shardtool.plan import OPERATIONS, Mosaic, Piece, Program
-from shardtool.trace.contents import Contents, Data, Made, Part, Source, Uniform, Unknown, dtype_of
-from shardtool.trace.tape import DependsOnSource, Log, Ref, Refused, Write
+from shardtool.tracing.contents import Contents, Data, Made, Part, Source, Uniform, Unknown, dtype_of
+from shardtool.tracing.tape import DependsOnSource, Log, Ref, Refused, Write
 from shardtool.window import Window, row_major, simplify
 
 MOST_CONSTANT = 16 << 20

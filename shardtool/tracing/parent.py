@@ -37,7 +37,8 @@ TIMEOUT = 4 * 3600.0
 """Seconds that an engine gets."""
 _TITLES = {"vllm": "vLLM", "sglang": "SGLang"}
 _BOOT = (
-    "import sys; sys.path.insert(0, sys.argv[1]); from shardtool.trace.child import main; sys.exit(main(*sys.argv[2:]))"
+    "import sys; sys.path.insert(0, sys.argv[1]); "
+    "from shardtool.tracing.child import main; sys.exit(main(*sys.argv[2:]))"
 )
 
 

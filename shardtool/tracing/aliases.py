@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import torch
 
-from shardtool.trace.tape import META, Log, Ref
+from shardtool.tracing.tape import META, Log, Ref
 
 
 def kept(log: Log, state: Mapping[str, torch.Tensor]) -> tuple[dict[str, Ref], dict[str, str]]:

@@ -11,12 +11,12 @@ from hypothesis import event, given, settings
 
 from shardtool.dtypes import DType
 from shardtool.plan import Mosaic, Program
-from shardtool.trace.compile import Compiled, Compiler
-from shardtool.trace.contents import Contents
-from shardtool.trace.tape import META, Literals, Log, Refused, Tape
+from shardtool.tracing.compile import Compiled, Compiler
+from shardtool.tracing.contents import Contents
+from shardtool.tracing.tape import META, Literals, Log, Refused, Tape
 from shardtool.window import row_major
 from tests.engine import replay
-from tests.trace.loaders import Loader, loaders
+from tests.tracing.loaders import Loader, loaders
 
 Code = Callable[[dict[str, torch.Tensor]], torch.Tensor]
 
@@ -323,6 +323,6 @@ def test_a_program_has_no_more_than_so_many_operations_inside_each_other() -> No
 
 
 def test_a_constant_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shardtool.trace.compile.MOST_CONSTANT", 8)
+    monkeypatch.setattr("shardtool.tracing.compile.MOST_CONSTANT", 8)
     with pytest.raises(Refused, match="constant of 16 bytes"):
         traced(lambda s: torch.arange(4, dtype=torch.float32), {})
