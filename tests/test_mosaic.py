@@ -96,8 +96,8 @@ def _ranks(rule: str, tp: int, held: Sources) -> list[Mosaic]:
     """Each rank's target, with the array that its pieces make."""
     found = []
     for share in RULES[rule].cut("t", [Source(name, array.shape) for name, array in held.items()], DIMS, tp):
-        array = run(share.pieces, share.shape, lambda name: held[name], share.fill)
-        found += [mosaic(f"rank{rank}", array, share.pieces, share.fill) for rank in share.ranks]
+        array = run(share.expanded(), share.shape, lambda name: held[name], share.fill)
+        found += [mosaic(f"rank{rank}", array, share.expanded(), share.fill) for rank in share.ranks]
     return found
 
 

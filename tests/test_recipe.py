@@ -28,7 +28,7 @@ SLOTTED = st.tuples(PLAIN, PLAIN).map("{i}".join)
 def shares(draw: Draw, ranks: tuple[int, ...], sources: st.SearchStrategy[str]) -> Share:
     """What some ranks hold: pieces of any windows inside the target."""
     shape = draw(shapes(dims=3))
-    pieces = []
+    pieces: list[Piece | Series] = []
     for _ in range(draw(st.integers(0, 3))):
         dst = draw(st.one_of(st.just(row_major(shape)), views(shape).map(lambda view: view.window)))
         strides = tuple(draw(st.integers(0, 99)) for _ in dst.shape)

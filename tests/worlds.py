@@ -190,7 +190,7 @@ STORABLE = dtypes().filter(lambda dtype: dtype is not DType.C64)
 
 def shared(name: str, dtype: DType, share: Share) -> Tensor:
     """The tensor that the ranks of a share hold."""
-    return Tensor(name, dtype, share.shape, lambda: share.pieces, share.fill)
+    return Tensor(name, dtype, share.shape, lambda: tuple(share.expanded()), share.fill)
 
 
 @st.composite

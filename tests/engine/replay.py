@@ -53,10 +53,9 @@ def _run(program: Program, get: Get) -> torch.Tensor:
         raw = bytearray(zlib.decompress(base64.b64decode(str(program.args[0]))))
         return torch.frombuffer(raw, dtype=dtype).reshape(program.shape)
     args = [mosaic(arg, get) if isinstance(arg, Mosaic) else arg for arg in program.args]
-    if program.op == "to":
-        return args[0].to(dtype)
-    if program.op == "view":
-        return args[0].contiguous().view(dtype)
+    if program.op in ("to", "view"):
+        assert isinstance(args[0], torch.Tensor), program.op
+        return args[0].to(dtype) if program.op == "to" else args[0].contiguous().view(dtype)
     module = torch.nn.functional if program.op == "softplus" else torch
     value = getattr(module, program.op)(*args)
     assert value.dtype == dtype, program.op

@@ -81,7 +81,7 @@ def _load(rank: int, tp: int, port: int, model: str, folder: str) -> None:
     if state._TP is None:
         torch.set_num_threads(1)
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = True
+        torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
         state.init_distributed_environment(tp, rank, f"tcp://127.0.0.1:{port}", rank, backend="gloo")
         state.initialize_model_parallel()
         initialize_dp_attention(server_args=arguments)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.engine import report
@@ -9,7 +11,7 @@ from tests.engine.zoo import Animal
 
 EQUAL = {"tensors": 3, "differences": []}
 NO_TABLE = {"refused": "UnsupportedModel: no table"}
-RESULTS = {
+RESULTS: dict[str, dict[str, Any]] = {
     "AForCausalLM a tp2": {"class": "A", "error": "", "traced": EQUAL, "builtin": EQUAL},
     "AForCausalLM b tp4": {"class": "A", "error": "", "traced": EQUAL, "builtin": EQUAL},
     "BForCausalLM a tp2": {"class": "B", "error": "", "traced": EQUAL | {"merge": "1 missing: x"}, "builtin": NO_TABLE},

@@ -81,7 +81,7 @@ class Rank:
         elif self.has(bias):
             self.column(to(bias), self.get(bias))
 
-    def qkv(self, name: str, q: Array, k: Array, v: Array, kv_heads: int) -> None:
+    def qkv(self, name: str, q: Array, k: Array, v: Array, *, kv_heads: int) -> None:
         each, group = max(1, kv_heads // self.tp), self.rank // max(1, self.tp // kv_heads)
         dim = len(k) // kv_heads
         mine = slice(group * each * dim, (group + 1) * each * dim)
@@ -91,7 +91,7 @@ class Rank:
         for kind in ("weight", "bias"):
             names = [f"{at}{x}_proj.{kind}" for x in "qkv"]
             if self.has(names[0]):
-                self.qkv(to(f"{at}qkv_proj.{kind}"), *map(self.get, names), kv_heads)
+                self.qkv(to(f"{at}qkv_proj.{kind}"), *map(self.get, names), kv_heads=kv_heads)
 
     def gated(self, at: str, to: Callable[[str], str] = str) -> None:
         for kind in ("weight", "bias"):
@@ -127,7 +127,8 @@ def linear(name: str, rows: int, columns: int, *, bias: bool = True, flipped: bo
 def gpt2_shapes(c: Config) -> Shapes:
     hidden = c["n_embd"]
     inner = c.get("n_inner") or 4 * hidden
-    found = {"transformer.wte.weight": (c["vocab_size"], hidden), "transformer.wpe.weight": (c["n_positions"], hidden)}
+    found: Shapes = {"transformer.wte.weight": (c["vocab_size"], hidden)}
+    found["transformer.wpe.weight"] = (c["n_positions"], hidden)
     found |= norm("transformer.ln_f", hidden)
     if not c["tie_word_embeddings"]:
         found["lm_head.weight"] = (c["vocab_size"], hidden)
@@ -147,8 +148,8 @@ def gpt2_load(c: Config, r: Rank) -> None:
     for i in layers(c):
         at = f"transformer.h.{i}."
         r.whole(*(f"{at}{x}.{kind}" for x in ("ln_1", "ln_2") for kind in ("weight", "bias")))
-        r.qkv(at + "attn.c_attn.weight", *np.split(r.get(at + "attn.c_attn.weight").T, 3), heads(c))
-        r.qkv(at + "attn.c_attn.bias", *np.split(r.get(at + "attn.c_attn.bias"), 3), heads(c))
+        r.qkv(at + "attn.c_attn.weight", *np.split(r.get(at + "attn.c_attn.weight").T, 3), kv_heads=heads(c))
+        r.qkv(at + "attn.c_attn.bias", *np.split(r.get(at + "attn.c_attn.bias"), 3), kv_heads=heads(c))
         r.column(at + "mlp.c_fc.weight", r.get(at + "mlp.c_fc.weight").T)
         r.column(at + "mlp.c_fc.bias", r.get(at + "mlp.c_fc.bias"))
         for module in ("attn.c_proj", "mlp.c_proj"):
@@ -205,7 +206,7 @@ def grouped_load(c: Config, r: Rank, kv: int) -> None:
         for kind in ("weight", "bias"):
             name = f"{at}self_attention.query_key_value.{kind}"
             if r.has(name):
-                r.qkv(name, *regrouped(r.get(name), kv, heads(c) // kv), kv)
+                r.qkv(name, *regrouped(r.get(name), kv, heads(c) // kv), kv_heads=kv)
         r.linear(at + "self_attention.dense", across=True)
         r.linear(at + "mlp.dense_h_to_4h")
         r.linear(at + "mlp.dense_4h_to_h", across=True)
@@ -405,7 +406,7 @@ def vl_load(c: Config, r: Rank) -> None:
         at = f"visual.blocks.{i}."
         for kind in ("weight", "bias"):
             name = f"{at}attn.qkv.{kind}"
-            r.qkv(name, *np.split(r.get(name), 3), c["vision_config"]["num_heads"])
+            r.qkv(name, *np.split(r.get(name), 3), kv_heads=c["vision_config"]["num_heads"])
         r.linear(at + "attn.proj", across=True)
         r.gated(at + "mlp.")
 

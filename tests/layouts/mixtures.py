@@ -82,7 +82,7 @@ BASE = {
 
 def attention(at: str, c: Config, *, dim: int, bias: bool = False, norm: int = 0) -> Shapes:
     q, kv, hidden = c["num_attention_heads"] * dim, c["num_key_value_heads"] * dim, c["hidden_size"]
-    found = {f"{at}{x}_proj.weight": (n, hidden) for x, n in zip("qkv", (q, kv, kv), strict=True)}
+    found: Shapes = {f"{at}{x}_proj.weight": (n, hidden) for x, n in zip("qkv", (q, kv, kv), strict=True)}
     found[f"{at}o_proj.weight"] = (hidden, q)
     if bias:
         found |= {f"{at}{x}_proj.bias": (n,) for x, n in zip("qkv", (q, kv, kv), strict=True)}

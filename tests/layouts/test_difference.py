@@ -12,7 +12,7 @@ from shardtool.mosaic import Logical
 from shardtool.plan import Mosaic, Piece, Program
 from shardtool.recipe import Recipe, Rule, Share
 from shardtool.window import Window, row_major
-from tests.layouts import golden
+from tests.layouts import variants
 
 WHOLE = row_major((4, 6))
 LAYER = "layers.{i}."
@@ -39,7 +39,7 @@ def said(old: Rule | tuple[Rule, ...], new: Rule | tuple[Rule, ...]) -> list[str
 
 def test_a_layout_is_not_different_from_itself() -> None:
     for name in ("llama-tied", "qwen3_moe", "gpt2"):
-        model = golden.model(name)
+        model = variants.model(name)
         outline = vllm.for_config(model.config).outline(model, Parallel(2))
         assert difference.outlines(outline, outline) == []
 
@@ -115,7 +115,7 @@ def test_what_is_renamed_and_cut_otherwise_is_gone_and_new() -> None:
 
 def test_layouts_of_two_engine_versions() -> None:
     """OLMo 2 of vLLM 0.27 has no scales; 0.32's are four constants in each layer."""
-    model = golden.model("olmo2")
+    model = variants.model("olmo2")
     old, new = (vllm.for_config(model.config, version).outline(model, Parallel(2)) for version in ("0.27", "0.32"))
     assert difference.outlines(old, new) == [
         f"'model.layers.{{i}}.self_attn.attn._{x}_scale' (i 0-1) is new: F32 [] of 1" for x in ("k", "prob", "q", "v")

@@ -62,7 +62,11 @@ def same(found: Mapping[int, Array], wanted: Mapping[int, Array]) -> bool:
 
 def slices(full: Callable[[Callable[[Array, int], Array]], Array], tp: int) -> dict[int, Array]:
     """What ``full(mine)`` says for every rank, where mine(array, axis) is the rank's slice of an array."""
-    return {r: full(lambda array, axis, r=r: np.split(array, tp, axis)[r]) for r in range(tp)}
+
+    def mine(r: int) -> Callable[[Array, int], Array]:
+        return lambda array, axis: np.split(array, tp, axis)[r]
+
+    return {r: full(mine(r)) for r in range(tp)}
 
 
 def some(stack: Array, experts: int, tp: int) -> dict[int, Array]:

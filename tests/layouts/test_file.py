@@ -134,7 +134,7 @@ def test_sizes_that_were_not_traced_are_refused_with_those_that_were(wanted: Par
         ({"head": Logical(DType.BF16, (8, 2))}, r"here BF16 \[8, 2\]"),
     ],
 )
-def test_another_checkpoint_is_refused_by_the_tensor_that_differs(change: dict[str, Logical], said: str) -> None:
+def test_another_checkpoint_is_refused_by_the_tensor_that_differs(change: dict[str, Any], said: str) -> None:
     with pytest.raises(PlanError, match="of another checkpoint: .*" + said):
         LAYOUT.outline(model(**change), Parallel(2, ep=True))
 

@@ -36,7 +36,7 @@ def ranks(rule: str, held: Mapping[str, Array], tp: int, dims: Dims = DIMS) -> l
     """What every rank holds under a rule."""
     found: dict[int, Array] = {}
     for share in shares(rule, held, tp, dims):
-        array = run(share.pieces, share.shape, lambda name: held[name], share.fill)
+        array = run(share.expanded(), share.shape, lambda name: held[name], share.fill)
         assert not found.keys() & set(share.ranks)
         found.update(dict.fromkeys(share.ranks, array))
     assert sorted(found) == list(range(tp))

@@ -17,7 +17,7 @@ from shardtool.layouts.sglang import CHANGES
 from shardtool.layouts.tables import FAMILIES
 from shardtool.mosaic import Logical
 from tests import builders
-from tests.layouts import golden, mixtures
+from tests.layouts import mixtures, variants
 
 
 def outline(config: dict[str, Any], tp: int, **parallel: Any) -> Outline:
@@ -37,7 +37,7 @@ def test_every_change_is_one_of_a_table() -> None:
 
 def test_attention_has_no_scales() -> None:
     config = builders.config()
-    with_scales = vllm.for_config(config).outline(golden.model("llama"), Parallel(2))
+    with_scales = vllm.for_config(config).outline(variants.model("llama"), Parallel(2))
     assert any(name.endswith("_k_scale") for name in names(with_scales))
     assert not any("_scale" in name for name in names(outline(config, 2)))
 
@@ -158,7 +158,7 @@ def test_unknown_architectures_and_versions_are_refused() -> None:
 
 def test_the_manifest_keeps_the_table() -> None:
     for name in ("llama-tied", "gpt_oss", "gemma2"):
-        model = golden.model(name)
+        model = variants.model(name)
         made = sglang.for_config(model.config)
         again = sglang.from_manifest(made.record(), "shardtool.json")
         assert again == made
@@ -172,7 +172,7 @@ def test_the_record_of_another_engine_is_refused() -> None:
 
 
 def test_shards_without_a_manifest_are_read_back() -> None:
-    model = golden.model("llama")
+    model = variants.model("llama")
     layout = sglang.for_config(model.config)
     found = layout.outline(model, Parallel(2))
     held = {tensor.name: Logical(tensor.dtype, tensor.shape) for tensor in found.recipe.tensors(0)}

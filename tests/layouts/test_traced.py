@@ -6,9 +6,12 @@ import pytest
 
 from shardtool.layouts import difference, sglang, vllm
 from shardtool.layouts.base import Layout, Outline
+from shardtool.layouts.tables import FAMILIES, find
+from shardtool.layouts.tables.language import between
 from tests.layouts import traced
 from tests.layouts.traced import Golden
 
+QUANTIZATION = "quantization_config"
 ALL = [(group, name) for group in traced.SETS for name in traced.names(group)]
 
 
@@ -20,7 +23,20 @@ def built_in(kept: Golden) -> Layout:
 
 
 def test_there_are_some_of_every_engine() -> None:
-    assert {"sglang-0.5.23", "vllm-0.24.0", "vllm-0.27.0"} <= set(traced.SETS)
+    assert set(traced.SETS) == {"sglang-0.5.23", "vllm-0.24.0", "vllm-0.27.0", "vllm-0.32.0"}
+
+
+def test_every_family_of_vllm_was_traced() -> None:
+    kept = [traced.read("vllm-0.32.0", name).config for name in traced.names("vllm-0.32.0")]
+    assert {find(config, "0.32").name for config in kept} == {
+        family.name for family in FAMILIES if between(family.since, "0.32", family.until)
+    }
+
+
+def test_they_are_small() -> None:
+    sizes = [path.stat().st_size for path in traced.FOLDER.rglob("*.json")]
+    assert max(sizes) < 64 << 10
+    assert sum(sizes) < 2 << 20
 
 
 @pytest.mark.parametrize(("group", "name"), ALL, ids=[f"{group}-{name}" for group, name in ALL])
@@ -30,6 +46,10 @@ def test_the_table_says_what_was_traced(group: str, name: str) -> None:
     for one in kept.layout.traced:
         found = layout.outline(kept.model, one.parallel)
         seen = Outline(one.recipe, one.dropped, one.copies, one.amendments)
+        if QUANTIZATION in found.amendments:  # both name the quantized modules, each in words of its own
+            assert QUANTIZATION in seen.amendments
+            same = {**found.amendments, QUANTIZATION: seen.amendments[QUANTIZATION]}
+            found = Outline(found.recipe, found.dropped, found.copies, same)
         assert difference.outlines(found, seen) == []
 
 

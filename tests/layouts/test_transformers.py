@@ -7,6 +7,7 @@ shown in ``tests/ops/test_model.py``.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +32,7 @@ def layout(plan: dict[str, str], *rows: Row, **options: Any) -> TransformersLayo
 
 
 def model(
-    shapes: dict[str, Shape], *, dtype: DType = DType.BF16, equal: bool = False, own: DType = DType.BF16
+    shapes: Mapping[str, Shape], *, dtype: DType = DType.BF16, equal: bool = False, own: DType = DType.BF16
 ) -> Model:
     return Model({}, {name: Logical(own, shape) for name, shape in shapes.items()}, dtype, lambda _a, _b: equal)
 

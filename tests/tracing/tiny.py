@@ -55,6 +55,14 @@ class Engine:
     def __init__(self, fault: str = "") -> None:
         self.fault = fault
 
+    def dtype(self, parallel: Parallel) -> torch.dtype:
+        """That of the weights."""
+        return torch.bfloat16
+
+    def architecture(self, parallel: Parallel) -> str:
+        """The model's class."""
+        return Model.__name__
+
     @contextmanager
     def rank(self, parallel: Parallel, rank: int) -> Iterator[Any]:
         """A place."""

@@ -1,4 +1,7 @@
-"""Trace the kept models again with an installed engine, say what it does otherwise, and keep it if asked."""
+"""Trace the kept models again with an installed engine, say what it does otherwise, and keep it if asked.
+
+With ``--update``, names of ``tests/layouts/variants.py`` that are not kept yet are traced too.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,11 @@ import json
 import sys
 
 from shardtool.layouts import difference
+from shardtool.layouts.file import FileLayout, Traced
+from shardtool.parallel import Parallel
+from shardtool.recipe import Recipe
 from shardtool.tracing import parent
-from tests.layouts import traced
+from tests.layouts import mixtures, traced, variants
 from tests.layouts.traced import Golden
 
 
@@ -24,6 +30,17 @@ def again(kept: Golden, python: str | None) -> Golden:
     return Golden(kept.config, parent.trace(job, python=python))
 
 
+def first(name: str, group: str) -> Golden:
+    """A model that was not traced yet, with the sizes for which it shall be; its recipes are empty."""
+    model = variants.model(name)
+    engine, _, version = group.partition("-")
+    sizes = [Parallel(1), Parallel(4), *([Parallel(2, 2)] if engine == "vllm" else [])]
+    if name in mixtures.KINDS and engine == "vllm":
+        sizes.append(Parallel(2, ep=True))
+    empty = tuple(Traced(size, Recipe(())) for size in sizes)
+    return Golden(dict(model.config), FileLayout(engine, version, "", model.dtype, model.tensors, empty))
+
+
 def main() -> int:
     """The exit code is 1 where something is otherwise."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -34,7 +51,8 @@ def main() -> int:
     asked = parser.parse_intermixed_args()
     changed = 0
     for name in asked.name or traced.names(asked.group):
-        kept = traced.read(asked.group, name)
+        fresh = asked.update and name not in traced.names(asked.group)
+        kept = first(name, asked.group) if fresh else traced.read(asked.group, name)
         now = again(kept, asked.engine_python)
         found = difference.files(kept.layout, now.layout)
         changed += bool(found)

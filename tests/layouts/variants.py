@@ -1,25 +1,15 @@
-"""Golden layouts: what each table says of a tiny model at tp 4, kept as JSON so that a change is seen and meant.
-
-``python -m tests.layouts.golden --update`` writes them anew. Look at the difference before it is committed: shards that
-were made with the old layout keep theirs in the manifest, engines do not.
-"""
+"""Tiny models of every family: config.json and the shapes of all source tensors, as layouts are given them."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
-from shardtool import recipe_json
 from shardtool.dtypes import DType, from_name
-from shardtool.layouts import vllm
-from shardtool.layouts.base import Model, Parallel
+from shardtool.layouts.base import Model
 from shardtool.mosaic import Logical
 from tests import builders, quants
 from tests.layouts import classic, mixtures
 
-FOLDER = Path(__file__).parent
-TP = 4
 QUANTIZED = "quantized-"
 ROTARY = "model.layers.0.self_attn.rotary_emb.inv_freq"
 
@@ -62,43 +52,3 @@ def model(name: str) -> Model:
         return Model(config, found, from_name(config["torch_dtype"]))
     sources = {key: Logical(DType.F32 if key == ROTARY else DType.BF16, shape) for key, shape in shapes.items()}
     return Model(config, sources, DType.BF16)
-
-
-def layout(name: str) -> dict[str, Any]:
-    """What the table says of a variant, as JSON values."""
-    variant = model(name)
-    outline = vllm.for_config(variant.config).outline(variant, Parallel(TP))
-    return {
-        "config": dict(variant.config),
-        "tp": TP,
-        "recipe": recipe_json.to_json(outline.recipe),
-        "dropped": dict(outline.dropped),
-        "copies": dict(outline.copies),
-        "amendments": dict(outline.amendments),
-    }
-
-
-def text(name: str) -> str:
-    """The golden file of a variant as it should be: a line for each entry of the recipe."""
-    table = layout(name)
-    rules = ",\n".join(f"    {json.dumps(rule)}" for rule in table.pop("recipe"))
-    rest = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in table.items())
-    return f'{{\n{rest},\n  "recipe": [\n{rules}\n  ]\n}}\n'
-
-
-def path(name: str) -> Path:
-    """Where a golden file is."""
-    return FOLDER / f"{name}.json"
-
-
-def update() -> list[str]:
-    """Write every golden file; returns those that changed."""
-    changed = []
-    for name in VARIANTS:
-        if not path(name).exists() or path(name).read_text() != text(name):
-            path(name).write_text(text(name))
-            changed.append(name)
-    for stale in set(FOLDER.glob("*.json")) - {path(name) for name in VARIANTS}:
-        stale.unlink()
-        changed.append(stale.stem)
-    return changed
