@@ -98,6 +98,34 @@ class Rule:
                     yield piece.source
 
 
+def used(recipe: Recipe) -> set[str]:
+    """The source tensors of which pieces take elements."""
+    return {filled(name, i) for rule in recipe.rules for name in rule.sources() for i in rule.index or (None,)}
+
+
+def used_by_programs(recipe: Recipe) -> set[str]:
+    """The source tensors that programs take."""
+    return {
+        filled(name, i)
+        for rule in recipe.rules
+        for program in rule.programs()
+        for name in program.sources()
+        for i in rule.index or (None,)
+    }
+
+
+def held_as(recipe: Recipe) -> dict[str, DType]:
+    """The dtype in which a recipe holds each source tensor: the widest, where it is held in several."""
+    found: dict[str, DType] = {}
+    for rule in recipe.rules:
+        for name in rule.sources():
+            for i in rule.index or (None,):
+                before = found.get(filled(name, i))
+                if before is None or before.bits < rule.dtype.bits:
+                    found[filled(name, i)] = rule.dtype
+    return found
+
+
 def filled(name: str, number: int | None) -> str:
     """A name with its slot filled."""
     return name if number is None else name.replace(SLOT, str(number))

@@ -294,6 +294,8 @@ class Inspected:
             "architecture": found.architecture,
             "engine": found.engine,
             "tp": found.tp,
+            "pp": found.pp if (found.pp or 1) > 1 else None,
+            "experts": "whole on each rank" if found.expert_parallel else None,
             "dtype": found.dtype,
             "pattern": found.pattern,
             "written by": found.written_by,

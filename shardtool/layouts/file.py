@@ -23,7 +23,7 @@ from shardtool.errors import FormatError, PlanError
 from shardtool.layouts.base import Model, Outline, Parallel
 from shardtool.manifest import Manifest
 from shardtool.mosaic import Logical
-from shardtool.recipe import SLOT, Recipe, Rule, filled
+from shardtool.recipe import SLOT, Recipe, Rule, filled, used, used_by_programs
 
 FORMAT = "shardtool-layout/1"
 KIND = "traced"
@@ -108,7 +108,8 @@ class FileLayout:
                 copies[equal[0]] = equal[1]
             else:  # the engine's loader of shards does not look for an own head: config.json has to say it
                 amendments.update(_untied(model.config))
-        computed = dict.fromkeys(_computed(recipe), f"the shards hold what {self.engine} computes of it")
+        reason = f"the shards hold what {self.engine} computes of it"
+        computed = dict.fromkeys(sorted(used_by_programs(recipe) - used(recipe)), reason)
         return Outline(recipe, {**computed, **found.dropped}, copies, amendments, tuple(notes))
 
     def _check_tensors(self, tensors: Mapping[str, Logical]) -> None:
@@ -124,19 +125,6 @@ class FileLayout:
                     f"{self.where} is of another checkpoint: there {name!r} is {was.dtype.name} {list(was.shape)}, "
                     f"here {tensor.dtype.name} {list(tensor.shape)}"
                 )
-
-
-def _computed(recipe: Recipe) -> list[str]:
-    """The source tensors that go into programs and that no rank holds as they are."""
-    inside: set[str] = set()
-    for rule in recipe.rules:
-        for name in {name for program in rule.programs() for name in program.sources()}:
-            inside.update(_filled(name, rule.index))
-    if inside:
-        for rule in recipe.rules:
-            for name in rule.sources():
-                inside.difference_update(_filled(name, rule.index))
-    return sorted(inside)
 
 
 def _equal(traced: Traced, model: Model) -> tuple[str, str] | None:

@@ -73,6 +73,8 @@ class VllmLayout:
                 if isinstance(nested, Mapping) and TIE in nested:
                     amendments[self.family.inside] = {**nested, TIE: False}
         dims = sizes.dims(self.family, config, expert_parallel=parallel.ep)
+        if parallel.ep and not dims.experts:
+            raise PlanError(f"{self.family.architectures[0]} has no experts; leave --expert-parallel out")
         for limit in self.family.limits:
             sizes.LIMITS[limit](dims, parallel)
         family = self.family

@@ -75,6 +75,7 @@ class Inspection:
     engine: str | None
     tp: int | None
     pp: int | None
+    expert_parallel: bool | None
     dtype: str | None
     pattern: str | None
     written_by: str | None
@@ -108,8 +109,9 @@ def inspect(uri: str | os.PathLike[str], *, tensors: str | None = None, pattern:
             kind="file" if single_file(checkpoint.uri) else checkpoint.kind,
             architecture=_architecture(config),
             engine=_engine(made) if made else None,
-            tp=made.tp if made else (max(checkpoint.ranks) + 1 if checkpoint.ranks else None),
-            pp=made.pp if made else None,
+            tp=made.tp if made else ((max(checkpoint.ranks) + 1) // checkpoint.stages if checkpoint.ranks else None),
+            pp=made.pp if made else (checkpoint.stages if checkpoint.ranks else None),
+            expert_parallel=made.parallel.ep if made else None,
             dtype=made.dtype.name if made else None,
             pattern=made.pattern if made else None,
             written_by=made.written_by if made else None,

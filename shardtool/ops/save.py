@@ -21,6 +21,7 @@ from shardtool.ops.structure import partly_held
 from shardtool.ops.write import perform
 from shardtool.parallel import Parallel
 from shardtool.plan import File, Tensor, itself
+from shardtool.recipe import held_as, used, used_by_programs
 from shardtool.stores import open_store
 from shardtool.stores.base import Store
 from shardtool.units import parse_size, show_size
@@ -180,13 +181,25 @@ def plan(source: Source, to: Store, cut: Cut) -> Job:
         notes=(*outline.notes, *_notes(source, made)),
         details={
             "architecture": str((source.config.get("architectures") or ["unknown"])[0]),
-            **{key: size for key, size in parallel.to_json().items() if size not in (1, False) or key == "tp"},
+            **_sizes(parallel),
             "dtype": held.name,
             "engine": f"{layout.engine} {layout.engine_version}",
             "layout": layout.title,
         },
         computing=computing,
     )
+
+
+def _sizes(parallel: Parallel) -> dict[str, int | str]:
+    """The sizes as the plan shows them: those that are not usual."""
+    found: dict[str, int | str] = {"tp": parallel.tp}
+    if parallel.pp > 1:
+        found["pp"] = parallel.pp
+    if parallel.partition is not None:
+        found["layers of each stage"] = ",".join(map(str, parallel.partition))
+    if parallel.ep:
+        found["experts"] = "whole on each rank"
+    return found
 
 
 def _dtype_amendment(source: Source, held: DType) -> dict[str, str]:
@@ -211,17 +224,22 @@ def _with_parts(outline: Outline, source: Source, layout: Layout) -> Outline:
 
 
 def _dropped(source: Source, outline: Outline, keep_all: bool) -> tuple[Dropped, ...]:
-    """The dropped source tensors; the smallest are kept while they fit."""
+    """The dropped source tensors, kept while they fit.
+
+    Those that the shards hold in part or as something computed are always kept: nothing else has them.
+    """
     found, room = [], KEPT_MOST
-    before = {d.name: d.kept for d in source.origin.dropped} if source.origin is not None else None
+    before = {d.name: d.kept for d in source.origin.dropped} if source.origin is not None else {}
+    needed = used_by_programs(outline.recipe) | used(outline.recipe)
     for name, reason in sorted(outline.dropped.items()):
         tensor = source.catalog.get(name)
-        if before is not None:
-            kept = before.get(name, False)
+        if name in before:
+            kept = before[name]
+        elif name in needed:
+            kept = tensor is not None
         else:
             kept = tensor is not None and (keep_all or tensor.nbytes <= room)
-        if kept and tensor is not None:
-            room -= tensor.nbytes
+            room -= tensor.nbytes if kept and tensor is not None else 0
         found.append(Dropped(name, reason, kept))
     return tuple(found)
 
@@ -276,7 +294,9 @@ def _notes(source: Source, made: Manifest) -> list[str]:
     notes += [f"{copy} equals {of} and is stored once" for copy, of in made.copies.items()]
     notes += [f"config.json is written with {key}: {value!r}" for key, value in made.amendments.items()]
     unused = {d.name for d in made.dropped}
-    narrowed = [n for n, t in made.inventory.items() if n not in unused and not lossless(t.dtype, made.dtype)]
+    narrowed = {n: dtype for n, dtype in held_as(made.recipe).items() if n not in unused}
+    narrowed = {n: dtype for n, dtype in narrowed.items() if not lossless(made.inventory[n].dtype, dtype)}
     if narrowed:
-        notes.append(f"{len(narrowed)} tensors lose precision as {made.dtype.name}, first {narrowed[0]}")
+        first = min(narrowed)
+        notes.append(f"{len(narrowed)} tensors lose precision as {narrowed[first].name}, first {first}")
     return notes

@@ -25,7 +25,7 @@ from shardtool.errors import ShardtoolError
 from shardtool.fold import Folding
 from shardtool.parallel import Parallel
 from shardtool.plan import Mosaic
-from shardtool.recipe import Recipe, filled
+from shardtool.recipe import used, used_by_programs
 from shardtool.tracing.aliases import kept
 from shardtool.tracing.compile import Compiler
 from shardtool.tracing.contents import Contents
@@ -111,7 +111,7 @@ def trace(engine: Engine, sizes: Parallel, sources: Sources, done: Done) -> dict
         "parallel": sizes.to_json(),
         "recipe": recipe_json.to_json(recipe),
         "amendments": amendments,
-        "unused": sorted(set(sources) - _used(recipe)),
+        "unused": sorted(set(sources) - used(recipe) - used_by_programs(recipe)),
         "aliases": aliases,
         "uninitialised": uninitialised,
         "untied": untied,
@@ -139,16 +139,6 @@ def _weights(log: Log, sources: Sources) -> Iterator[tuple[str, torch.Tensor]]:
         tensor = torch.empty(shape, dtype=dtype, device=META)
         log.source(name, tensor)
         yield name, tensor
-
-
-def _used(recipe: Recipe) -> set[str]:
-    """The source tensors that a recipe takes."""
-    used: set[str] = set()
-    for rule in recipe.rules:
-        names = set(rule.sources()).union(*(program.sources() for program in rule.programs()))
-        for number in rule.index or (None,):
-            used.update(filled(name, number) for name in names)
-    return used
 
 
 def _sources(folder: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -30,6 +30,7 @@ from tests.builders import (
     model,
     places,
     put,
+    random,
     rank_tensors,
     tensors,
     whole_tensors,
@@ -265,3 +266,17 @@ def test_pipeline_stages_that_an_engine_saved_are_read(tmp_path: Path):
     (tmp_path / "shards" / "model-pp-0-tp-1-part-0.safetensors").unlink()
     with pytest.raises(Incomplete, match="has no file of rank 1, but one of rank 3"):
         shardtool.reshard(tmp_path / "shards", tmp_path / "out", tp=4)
+
+
+def test_what_only_the_new_layout_drops_is_kept_for_merge(tmp_path: Path):
+    """Before 0.31 vLLM ignored a head of its own beside tied embeddings."""
+    made = config(tie_word_embeddings=True)
+    held = tensors(made)
+    held["lm_head.weight"] = random((made["vocab_size"], made["hidden_size"]), "BF16", 77)
+    put(tmp_path / "model", model(made, held))
+    shardtool.save(tmp_path / "model", tmp_path / "new", tp=2)
+    shardtool.reshard(tmp_path / "new", tmp_path / "old", tp=2, layout="vllm:builtin", engine_version="0.27")
+    shardtool.save(tmp_path / "model", tmp_path / "direct", tp=2, engine_version="0.27")
+    assert contents(tmp_path / "old") == contents(tmp_path / "direct")
+    shardtool.merge(tmp_path / "old", tmp_path / "merged")
+    assert shardtool.verify(tmp_path / "merged", against=tmp_path / "model").ok

@@ -23,6 +23,7 @@ import shardtool
 from shardtool import stores
 from shardtool.errors import BudgetTooSmall, Incomplete, PlanError, UsageError
 from shardtool.ops.job import natural, split_parts
+from tests import quants
 from tests.builders import (
     COUNTING,
     SHARD,
@@ -38,6 +39,7 @@ from tests.builders import (
     rank_tensors,
     tensors,
 )
+from tests.layouts import mixtures
 from tests.ops.cases import Case, cases
 from tests.oracle import expected
 
@@ -470,3 +472,29 @@ def test_many_tensors_that_are_dropped_for_one_reason_are_one_note(tmp_path: Pat
     first = "model.layers.0.self_attn.rotary_emb.inv_freq"
     assert note.startswith(f"6 tensors are dropped, first {first}: a table of the rotary embedding")
     assert note.endswith("(kept for merge)")
+
+
+def test_expert_parallel_is_shown_in_the_plan_and_refused_without_experts(tmp_path: Path):
+    made = mixtures.config("mixtral")
+    put(tmp_path / "moe", model(made, mixtures.tensors(made)))
+    plan = shardtool.save(tmp_path / "moe", tmp_path / "out", tp=2, expert_parallel=True, dry_run=True)
+    assert plan.details["experts"] == "whole on each rank"
+    shardtool.save(tmp_path / "moe", tmp_path / "out", tp=2, expert_parallel=True)
+    assert shardtool.inspect(tmp_path / "out").expert_parallel is True
+    dense = config()
+    put(tmp_path / "dense", model(dense, tensors(dense)))
+    with pytest.raises(PlanError, match="LlamaForCausalLM has no experts; leave --expert-parallel out"):
+        shardtool.save(tmp_path / "dense", tmp_path / "x", tp=2, expert_parallel=True)
+
+
+def test_what_is_never_cast_loses_no_precision(tmp_path: Path):
+    made, held = quants.quantized("gptq")
+    put(tmp_path / "model", model(made, held))
+    notes = shardtool.save(tmp_path / "model", tmp_path / "out", tp=2, dry_run=True).notes
+    assert not any("lose precision" in note for note in notes)
+    wide = {name: random(raw.array.shape, "F32") if "norm" in name else raw for name, raw in tensors(config()).items()}
+    put(tmp_path / "wide", model(config(), wide))
+    (note,) = (n for n in shardtool.save(tmp_path / "wide", tmp_path / "x", tp=2, dry_run=True).notes if "lose" in n)
+    assert note.startswith(
+        f"{sum('norm' in name for name in wide)} tensors lose precision as BF16, first model.layers.0"
+    )
