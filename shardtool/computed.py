@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import zlib
 from collections.abc import Callable, Iterator
+from math import prod
 from threading import Lock
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from shardtool.errors import FormatError, PlanError
 from shardtool.mosaic import resolve
 from shardtool.plan import Catalog, Mosaic, Piece, Program, Stored, Tensor
 from shardtool.recipe import Recipe
+from shardtool.recipe_json import broadcast
 from shardtool.stores.base import Object, Store, Writer
 
 if TYPE_CHECKING:
@@ -41,33 +43,48 @@ class Computed(Store):
         self.inner = inner
         self.uri = inner.uri
         self._catalog = catalog
-        self._programs: dict[str, Program] = {}
+        self._programs: dict[str, tuple[Program, str]] = {}
         self._done: dict[str, bytes] = {}
         self._lock = Lock()
 
-    def stored(self, program: Program) -> Stored:
-        """Where a program's result can be read. Raises ``PlanError`` if it is too large to be computed whole."""
-        size = _nbytes(program)
-        if size > MOST:
-            raise PlanError(f"the operation {program.op!r} yields {size} bytes; at most {MOST} can be computed")
+    def stored(self, program: Program, name: str = "") -> Stored:
+        """Where a program's result can be read. ``name``: the tensor that takes it, for messages.
+
+        Raises ``PlanError`` if it is too large to be computed whole.
+        """
+        _check_size(program, name)
         key = PREFIX + digest.of_bytes(repr(program).encode())[:32]
-        self._programs[key] = program
+        self._programs.setdefault(key, (program, name))
         return Stored(key, program.dtype, program.shape, 0)
 
     def readinto(self, key: str, start: int, view: memoryview) -> None:
-        """Bytes of an object, or of what a program yields."""
-        program = self._programs.get(key)
-        if program is None:
+        """Bytes of an object, or of what a program yields.
+
+        Raises ``FormatError`` or ``PlanError``, with the name of the tensor, where it cannot be computed.
+        """
+        known = self._programs.get(key)
+        if known is None:
             self.inner.readinto(key, start, view)
             return
         with self._lock:  # one at a time: what they take is counted once
             data = self._done.get(key)
             if data is None:
-                data = self._run(program)
+                data = self._translated(*known)
                 while self._done and sum(map(len, self._done.values())) + len(data) > CACHED:
                     del self._done[next(iter(self._done))]
                 self._done[key] = data
         view.cast("B")[:] = data[start : start + view.nbytes]
+
+    def _translated(self, program: Program, name: str) -> bytes:
+        """What a program yields, with every refusal as one sentence that names the tensor."""
+        who = f"tensor {name!r}: " if name else ""
+        try:
+            return self._run(program)
+        except (FormatError, PlanError) as error:
+            raise type(error)(f"{who}{error}") from None
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # as torch refuses
+            first = str(error).partition("\n")[0][:200]
+            raise FormatError(f"{who}the operation {program.op!r} of the recipe cannot be done: {first}") from None
 
     def _run(self, program: Program) -> bytes:
         import torch
@@ -90,16 +107,17 @@ class Computed(Store):
         args = [self._filled(arg) if isinstance(arg, Mosaic) else arg for arg in program.args]
         if program.op in ("to", "view"):
             (source,) = args
-            assert isinstance(source, torch.Tensor)
+            if not isinstance(source, torch.Tensor):
+                raise FormatError(f"the operation {program.op!r} of the recipe cannot be done: it takes no tensor")
             dtype = program.dtype.torch()
             return source.to(dtype) if program.op == "to" else source.view(dtype)
-        operation = getattr(torch.nn.functional if program.op == "softplus" else torch, program.op)
-        try:
-            value: torch.Tensor = operation(*args)
-        except (TypeError, RuntimeError) as error:
+        shape = broadcast(arg.shape for arg in program.args if isinstance(arg, Mosaic))
+        if shape is not None and prod(shape) > prod(program.shape):  # before it takes the memory
             raise FormatError(
-                f"the operation {program.op!r} of the recipe cannot be done: {str(error)[:200]}"
-            ) from None
+                f"the operation {program.op!r} yields {list(shape)}, the recipe says {list(program.shape)}"
+            )
+        operation = getattr(torch.nn.functional if program.op == "softplus" else torch, program.op)
+        value: torch.Tensor = operation(*args)
         return value
 
     def _filled(self, mosaic: Mosaic) -> torch.Tensor:
@@ -111,13 +129,15 @@ class Computed(Store):
         flat = value.reshape(-1)
         for piece in resolve(Tensor("", mosaic.dtype, mosaic.shape, lambda: mosaic.pieces), self._catalog, self.stored):
             assert isinstance(piece.source, Stored)
+            if not piece.src.size:
+                continue
             first, past = piece.src.bounds
             item = piece.source.dtype.itemsize
             key, offset = piece.source.key, piece.source.offset
             if (past - first) * item > MOST:
                 raise PlanError(f"a program takes {(past - first) * item} bytes of {key}; at most {MOST} are computed")
             if key in self._programs:
-                raw = bytearray(self._run(self._programs[key])[first * item : past * item])
+                raw = bytearray(self._run(self._programs[key][0])[first * item : past * item])
             else:
                 raw = bytearray((past - first) * item)
                 self.inner.readinto(key, offset + first * item, memoryview(raw))
@@ -160,9 +180,13 @@ class Computed(Store):
 def over(store: Store, catalog: Catalog, recipe: Recipe) -> tuple[Store, Resolve, int]:
     """A store that has what a recipe computes, how its tensors are resolved over a catalogue, and the bytes it takes.
 
-    The store itself, where the recipe computes nothing.
+    The store itself, where the recipe computes nothing. Raises ``PlanError`` for what is too large to be computed.
     """
-    programs = [program for rule in recipe.rules for program in rule.programs()]
+    programs = []
+    for rule in recipe.rules:
+        for program in rule.programs():
+            _check_size(program, rule.name)
+            programs.append(program)
     if not programs:
         return store, lambda tensor: resolve(tensor, catalog), 0
     computed = Computed(store, catalog)
@@ -174,6 +198,22 @@ def _nbytes(value: Program | Mosaic) -> int:
     for n in value.shape:
         size *= n
     return size
+
+
+def _check_size(program: Program, name: str) -> None:
+    """Refuse a program that is too large, or takes what is, at any depth. ``name``: the tensor that takes it."""
+    who = f"tensor {name!r}: " if name else ""
+    size = _nbytes(program)
+    if size > MOST:
+        raise PlanError(f"{who}the operation {program.op!r} yields {size} bytes; at most {MOST} can be computed")
+    for arg in program.args:
+        if not isinstance(arg, Mosaic):
+            continue
+        if (size := _nbytes(arg)) > MOST:
+            raise PlanError(f"{who}the operation {program.op!r} takes {size} bytes; at most {MOST} can be computed")
+        for piece in arg.pieces:
+            if isinstance(piece.source, Program):
+                _check_size(piece.source, name)
 
 
 def _cost(program: Program) -> int:

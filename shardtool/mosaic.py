@@ -21,29 +21,33 @@ from shardtool.errors import PlanError, UnsupportedTransform
 from shardtool.plan import Catalog, Piece, Program, Stored, Tensor, whole
 from shardtool.window import Window, join, row_major, simplify, union
 
-Computed = Callable[[Program], Stored]
-"""Where the result of a program can be read."""
+Computed = Callable[[Program, str], Stored]
+"""Where the result of a program can be read. The text is the name of the tensor that takes it."""
 
 
 def resolve(tensor: Tensor, catalog: Catalog, computed: Computed | None = None) -> tuple[Piece, ...]:
     """The tensor's pieces, each citing stored bytes. Replicas in the catalogue are read once: the first that fits."""
     found: list[Piece] = []
+    who = f"tensor {tensor.name!r}" if tensor.name else "a computed tensor"  # which has no name of its own
     for piece in tensor.pieces():
         if isinstance(piece.source, Stored):
             found.append(piece)
             continue
         if isinstance(piece.source, Program):
             if computed is None:
-                raise PlanError(f"tensor {tensor.name!r} is computed ({piece.source.op}), which is not done here")
-            found.append(Piece(piece.dst, piece.src, computed(piece.source)))
+                raise PlanError(f"{who} is computed ({piece.source.op}), which is not done here")
+            if piece.src.size and piece.src.bounds[1] > math.prod(piece.source.shape):
+                raise PlanError(
+                    f"{who} takes elements of the result of {piece.source.op!r} that are beyond its "
+                    f"{math.prod(piece.source.shape)}"
+                )
+            found.append(Piece(piece.dst, piece.src, computed(piece.source, tensor.name)))
             continue
         source = catalog.get(piece.source)
         if source is None:
-            raise PlanError(f"tensor {tensor.name!r} is made of {piece.source!r}, which the source does not have")
+            raise PlanError(f"{who} is made of {piece.source!r}, which the source does not have")
         if piece.src.bounds[1] > source.size:
-            raise PlanError(
-                f"tensor {tensor.name!r} takes elements of {piece.source!r} that are beyond its {source.size}"
-            )
+            raise PlanError(f"{who} takes elements of {piece.source!r} that are beyond its {source.size}")
         if source.stored is not None:
             found.append(Piece(piece.dst, piece.src, source.stored))
             continue

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import zip_longest
 from math import prod
 from typing import Any
 
@@ -16,12 +17,17 @@ from shardtool.recipe import EXPERT, SLOT, Recipe, Rule, Series, Share
 from shardtool.window import Window, row_major
 
 MOST_NUMBERS = 1 << 22
-"""Numbers of layers, ranks and experts that a recipe may have: a few bytes of JSON must not ask for gigabytes."""
+"""Pieces, and targets and sources of all layers, that a recipe may have: a few bytes must not ask for gigabytes."""
 MOST_DIMENSIONS = 64
 MOST_ELEMENTS = 1 << 59
 """Elements that a tensor may have, of up to eight bytes each."""
 MOST_NESTED = 16
 """Programs inside each other."""
+_ARGUMENTS = {
+    **dict.fromkeys(("add", "sub", "mul", "div", "pow"), (2, 2)),
+    **{"clamp": (2, 3), "softplus": (1, 3), "data": (1, 1)},
+}
+"""How few and how many arguments an operation takes; the others take one."""
 
 
 def runs(numbers: Iterable[int]) -> list[list[int]]:
@@ -101,20 +107,38 @@ def from_json(value: Any, where: str) -> Recipe:
     """The recipe that JSON values say, checked: windows stay inside their targets. Raises ``FormatError``."""
     try:
         if sum(_numbers(entry) for entry in value) > MOST_NUMBERS:
-            raise ValueError(f"it has more than {MOST_NUMBERS} numbers of layers, ranks and experts")
+            raise ValueError(f"it has more than {MOST_NUMBERS} pieces, ranks, and targets and sources of all layers")
         return Recipe(tuple(_rule(entry) for entry in value))
     except (KeyError, TypeError, ValueError, IndexError, OverflowError, AttributeError, RecursionError) as error:
         raise FormatError(f"{where}: the recipe is damaged ({repr(error)[:300]})") from None
 
 
 def _numbers(entry: Mapping[str, Any]) -> int:
-    """How many numbers the runs of a rule hold: small in JSON, large when every source of every layer is looked at."""
-    layers, widest, total = count(entry.get("i", ())), 0, 0
+    """What a rule asks for, small in JSON and large when it is made.
+
+    The ranks and the pieces of its shares; and for each layer the target of each rank and the sources.
+    """
+    layers, ranks, pieces = count(entry.get("i", ())), 0, 0
+    sources: dict[tuple[str, str], int] = {}  # ranks that share the sources of a layer do not ask for more of them
     for share in entry["shares"]:
-        experts = sum(count(piece["e"]) for piece in share["pieces"] if "e" in piece)
-        widest = max(widest, experts)
-        total += count(share["ranks"]) + experts
-    return total + layers * (1 + widest)
+        ranks += count(share["ranks"])
+        for of, numbers in _cited(share["pieces"]):
+            sources[of, repr(numbers)] = many = 1 if numbers is None else count(numbers)
+            pieces += many
+    return ranks + pieces + layers * (1 + ranks + sum(sources.values()))
+
+
+def _cited(pieces: Any) -> Iterator[tuple[str, Any]]:
+    """Each piece's source with its runs of experts, if it has some; the pieces inside programs too."""
+    for piece in pieces:
+        of = piece["of"]
+        if isinstance(of, dict):
+            yield "", None  # its result
+            for arg in of["args"]:
+                if isinstance(arg, dict):
+                    yield from _cited(arg["pieces"])
+        else:
+            yield of, piece.get("e")
 
 
 def sizes(values: Any) -> tuple[int, ...]:
@@ -161,6 +185,10 @@ def _held(entry: Mapping[str, Any], depth: int) -> tuple[tuple[int, ...], tuple[
     pieces = tuple(_piece(piece, shape, depth) for piece in entry["pieces"])
     end = row_major(shape).bounds[1]
     for piece in pieces:
+        if isinstance(piece, Piece) and isinstance(piece.source, Program):
+            has = prod(piece.source.shape)
+            if piece.src.size and piece.src.bounds[1] > has:
+                raise ValueError(f"a piece takes elements of the result of {piece.source.op!r} beyond its {has}")
         one, last = (piece.piece, len(piece.numbers) - 1) if isinstance(piece, Series) else (piece, 0)
         step = piece.dst_step if isinstance(piece, Series) else 0
         if one.dst.bounds[1] + last * step > end or one.dst.size > end:
@@ -202,4 +230,34 @@ def _source(value: Any, depth: int) -> str | Program:
             args.append(arg)
         else:
             raise ValueError(f"a program takes {arg!r:.200}")
-    return Program(value["op"], tuple(args), DType[value["dtype"]], shape_of(value["shape"]))
+    program = Program(value["op"], tuple(args), DType[value["dtype"]], shape_of(value["shape"]))
+    _check_program(program)
+    return program
+
+
+def _check_program(program: Program) -> None:
+    """Refuse arguments that the operation does not take, and a result that it does not yield."""
+    op, args = program.op, program.args
+    fewest, most = _ARGUMENTS.get(op, (1, 1))
+    tensors = [arg for arg in args if isinstance(arg, Mosaic)]
+    texts = sum(isinstance(arg, str) for arg in args)
+    if not fewest <= len(args) <= most or (op == "data") != bool(texts) or (op == "data") == bool(tensors):
+        raise ValueError(f"the operation {op!r} does not take the {len(args)} arguments that are given")
+    if any(dtype.bits % 8 for dtype in (program.dtype, *(arg.dtype for arg in tensors))):
+        raise ValueError(f"the operation {op!r} has to do with elements that are narrower than a byte")
+    if op == "view" and tensors[0].dtype.bits != program.dtype.bits:
+        raise ValueError(f"the operation 'view' makes {tensors[0].dtype.name} elements {program.dtype.name}")
+    if tensors and broadcast(arg.shape for arg in tensors) != program.shape:
+        shapes = " and ".join(str(list(arg.shape)) for arg in tensors)
+        raise ValueError(f"the operation {op!r} on {shapes} does not yield {list(program.shape)}")
+
+
+def broadcast(shapes: Iterable[tuple[int, ...]]) -> tuple[int, ...] | None:
+    """The shape that element by element operations on tensors of these shapes yield; None where they do not fit."""
+    found: list[int] = []
+    for sizes_of_places in zip_longest(*(reversed(shape) for shape in shapes), fillvalue=1):
+        several = {n for n in sizes_of_places if n != 1} or {1}
+        if len(several) > 1:
+            return None
+        found.append(several.pop())
+    return tuple(reversed(found))

@@ -29,6 +29,8 @@ from shardtool.errors import UnsupportedTransform
 
 MAX_PEELED = 1 << 16
 """Rows that one window may be peeled into before the geometry is refused."""
+MAX_COMPARED = 1 << 24
+"""Pairs of windows, or of what is left of them, that a union or a difference may look at before it is refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,17 +307,35 @@ def aligned(shape: tuple[int, ...], most: int) -> int:
 def union(windows: Iterable[Window]) -> int:
     """How many addresses the windows hold together.
 
-    A window that meets itself other than by standing still is refused.
+    A window that meets itself other than by standing still is refused, and windows that overlap in too many ways.
     """
     distinct = sorted(dict.fromkeys(_nested(window) for window in windows), key=lambda window: window.bounds)
     total = 0
+    compared = 0
     near: list[Window] = []  # those before that reach as far as this one; a thousand stacked experts are far apart
     for window in distinct:
         near = [earlier for earlier in near if earlier.bounds[1] > window.offset]
-        shared = [a for earlier in near for a, _ in join(window, window, earlier, earlier)]
-        total += window.size - (union(shared) if shared else 0)
-        near.append(window)
+        compared = _counted(compared, len(near))
+        met = [(earlier, found) for earlier in near if (found := join(window, window, earlier, earlier))]
+        if len(met) < 2:  # what it shares with one other is in disjoint windows already
+            fresh = window.size - sum(shared.size for _, found in met for shared, _ in found)
+        else:
+            rest = [window]
+            for earlier, _ in met:
+                compared = _counted(compared, len(rest))
+                rest = [left for part in rest for left, _ in without(part, part, earlier)]
+            fresh = sum(part.size for part in rest)
+        if fresh:
+            total += fresh
+            near.append(window)
     return total
+
+
+def _counted(compared: int, more: int) -> int:
+    """The sum, refused where it is more than anything that a layout needs."""
+    if compared + more > MAX_COMPARED:
+        raise UnsupportedTransform(f"the windows overlap in too many ways: more than {MAX_COMPARED} pairs of them")
+    return compared + more
 
 
 def _nested(window: Window) -> Window:
@@ -367,10 +387,15 @@ def _peeled_without(k1: Window, v1: Window, k2: Window) -> list[tuple[Window, Wi
     rows = range(window.shape[dim])
     if first:
         return [p for i in rows for p in without(k1.narrow(dim, i, 1), v1.narrow(dim, i, 1), k2)]
+    done: list[tuple[Window, Window]] = []  # what lies before the row, and so before all that follow
     rest = [(k1, v1)]
+    compared = 0
     for i in rows:
-        rest = [left for pair in rest for left in without(*pair, k2.narrow(dim, i, 1))]
-    return rest
+        row = k2.narrow(dim, i, 1)
+        compared = _counted(compared, len(rest))
+        done += [pair for pair in rest if pair[0].bounds[1] <= row.offset]
+        rest = [left for pair in rest if pair[0].bounds[1] > row.offset for left in without(*pair, row)]
+    return done + rest
 
 
 def _outside(box: _Box, hole: _Box, places: list[int]) -> Iterator[_Box]:

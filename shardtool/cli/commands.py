@@ -28,8 +28,10 @@ def _given(**values: Any) -> dict[str, Any]:
 
 
 def _layout(flags: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that say by which layout to cut."""
-    partition = flags["layer_partition"]
+    """The arguments that say by which layout to cut. The variable of an engine's Python is for those that ask one."""
+    from shardtool.ops.layout import traces
+
+    partition, python = flags["layer_partition"], flags["engine_python"]
     return {
         "pp": flags["pp"],
         "trust_remote_code": flags["trust_remote_code"],
@@ -37,7 +39,7 @@ def _layout(flags: dict[str, Any]) -> dict[str, Any]:
             layout=flags["layout"],
             layer_partition=settings.layer_partition(partition) if partition or flags["pp"] > 1 else None,
             engine_version=flags["engine_version"],
-            engine_python=settings.engine_python(flags["engine_python"]),
+            engine_python=settings.engine_python(python) if traces(flags["layout"]) else python,
             moe_backend=flags["moe_backend"],
         ),
     }
@@ -83,7 +85,7 @@ def save(model: str, tp: int, output: str, **flags: Any) -> int:
     """Shard a Hugging Face checkpoint: one set of files for each rank, with a manifest."""
     from shardtool.ops.save import save as operation
 
-    flags["layout"] = settings.layout(flags["layout"])
+    flags["layout"] = settings.layout(flags["layout"]) or "vllm"
     return _write(
         "save",
         model,
@@ -313,7 +315,9 @@ def verify(uri: str, **flags: Any) -> int:
 @click.option("--engine", metavar="NAME", default="vllm", help="vllm or sglang.  [default: vllm]")
 @options.asked_engine
 @click.option(
-    "--dtype", metavar="TYPE", help="auto, bfloat16 or float16; auto is what the engine chooses.  [default: auto]"
+    "--dtype",
+    metavar="TYPE",
+    help="auto, bfloat16, float16 or float32; auto is what the engine chooses on a CPU.  [default: auto]",
 )
 @click.option("--output", "-o", metavar="URI", callback=options.address, help="Where the layout file (*.json) goes.")
 @click.option("--compare", metavar="FILE", help="Say what differs from this layout file, of another version perhaps.")
@@ -329,7 +333,7 @@ def trace(model: str, tps: tuple[int, ...], **flags: Any) -> int:
     from shardtool.ops.trace import trace as operation
 
     silent, wants_json = settings.quiet(flags["quiet"]), flags["wants_json"]
-    earlier = None if flags["compare"] is None else from_file(flags["compare"])
+    earlier = None if flags["compare"] is None else from_file(flags["compare"], "--compare")
     partition = flags["layer_partition"]
     began = time.monotonic()
     with display.progress("trace", shown=not (silent or wants_json), unit="rank") as tell:

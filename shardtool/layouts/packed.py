@@ -72,6 +72,24 @@ MX_BACKENDS: dict[str, tuple[int, int]] = {
 ``marlin`` on NVIDIA ones.
 """
 
+MOE_BACKENDS = {
+    *MX_BACKENDS,
+    "aiter",
+    "aiter_mega_moe",
+    "auto",
+    "batched_triton",
+    "cutlass",
+    "deep_gemm_mega_moe",
+    "flashinfer_b12x",
+    "flashinfer_cutedsl",
+    "flashinfer_moe_ep_cutedsl",
+    "flashinfer_moe_ep_mega_deep_gemm",
+    "flydsl",
+    "hpc",
+    "rdna3",
+}
+"""These and the other names of ``MoEBackend`` (vLLM 0.32 ``config/kernel.py``), on which no shape here depends."""
+
 REFINED = (2, 4)
 """How many times finer blocks of experts can be made: of 128, 64 and 32."""
 

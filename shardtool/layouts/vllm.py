@@ -208,6 +208,11 @@ class _Work:
 
     def _source(self, name: str, i: int | None, row: Row) -> Source:
         """One source; all experts of one that names them. Refused where the checkpoint has no such tensor."""
+        if EXPERT in name and not self.dims.experts:
+            raise PlanError(
+                f"the table of {self.family.name} makes {filled(row.to, i)!r} of one {name!r} for each expert, but "
+                "config.json says that the model has none"
+            )
         found: Logical | None = None
         for each in _experts(filled(name, i), self.dims):
             tensor = self.model.tensors.get(each)

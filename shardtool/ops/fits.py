@@ -10,8 +10,9 @@ from __future__ import annotations
 from functools import partial
 
 from shardtool.checkpoint import CONFIG, Checkpoint
-from shardtool.errors import UsageError
+from shardtool.errors import ShardtoolError, UsageError
 from shardtool.mosaic import Logical
+from shardtool.ops import source as sources
 from shardtool.ops.layout import write_side_files
 from shardtool.ops.structure import WHOLE, FileCheck, unlike
 from shardtool.parallel import Parallel
@@ -23,13 +24,16 @@ def check_fit(
 ) -> tuple[list[FileCheck], str]:
     """What the engine would stumble over, rank by rank, and which engine it was.
 
-    Raises ``UnsupportedModel`` where it cannot build the model.
+    ``moe_backend``: None is the one that the shards were made for. Raises ``UnsupportedModel`` where it cannot build
+    the model.
     """
     ranks = checkpoint.ranks
     if not ranks:
         raise UsageError(f"--engine {engine}: {checkpoint.uri} is not sharded; it is for the ranks' own files")
     made = checkpoint.manifest
-    parallel = made.parallel if made is not None else Parallel(len(ranks))
+    parallel = made.parallel if made is not None else _sizes(checkpoint)
+    if moe_backend is None and made is not None and made.layout.get("engine") == engine:
+        moe_backend = made.layout.get("moe_backend")
     held = {rank: checkpoint.held(rank) for rank in ranks}
     config = checkpoint.store.get(CONFIG, limit=1 << 30).decode("utf-8", "replace")
     side = [(found.key, found.size) for found in checkpoint.objects.values()]
@@ -55,3 +59,11 @@ def check_fit(
         found = {name: f"{s.dtype.name} {list(s.shape)}" for name, s in held.get(rank, {}).items()}
         whole.why += [f"{engine} would not take it: {why}" for why in unlike(rank, found, wanted, shapes=True)]
     return [whole] if whole.why else [], f"{engine} {expected.engine_version}"
+
+
+def _sizes(checkpoint: Checkpoint) -> Parallel:
+    """The sizes of shards without a manifest; experts count as cut where no table can tell."""
+    try:
+        return sources.infer(checkpoint).parallel
+    except ShardtoolError:
+        return Parallel(len(checkpoint.ranks) // checkpoint.stages, checkpoint.stages)

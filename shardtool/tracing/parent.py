@@ -8,6 +8,7 @@ modules, tied heads, dtypes) sees there what the checkpoint has, whatever store 
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -36,6 +37,15 @@ PROGRESS = re.compile(r"shardtool-progress (\d{1,9}) of (\d{1,9})")
 TIMEOUT = 4 * 3600.0
 """Seconds that an engine gets."""
 _TITLES = {"vllm": "vLLM", "sglang": "SGLang"}
+_LOOK = """
+import importlib.metadata, importlib.util, sys
+if importlib.util.find_spec(sys.argv[1]) is None:
+    sys.exit(1)
+try:
+    print(importlib.metadata.version(sys.argv[1]))
+except importlib.metadata.PackageNotFoundError:
+    pass
+"""
 _BOOT = (
     "import sys; sys.path.insert(0, sys.argv[1]); "
     "from shardtool.tracing.child import main; sys.exit(main(*sys.argv[2:]))"
@@ -56,7 +66,10 @@ def _silent(_done: int, _total: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What to trace. ``side`` writes the files beside the weights into a folder; ``dtype`` is torch's name."""
+    """What to trace. ``side`` writes the files beside the weights into a folder; ``dtype`` is torch's name.
+
+    ``engine_version``: the version that the engine must have; ``0.27`` stands for ``0.27.1`` too.
+    """
 
     engine: str
     uri: str
@@ -67,6 +80,7 @@ class Job:
     dtype: str | None = None
     trust_remote_code: bool = False
     moe_backend: str | None = None
+    engine_version: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +94,44 @@ class Held:
 
 def available(engine: str, python: str | None = None) -> bool:
     """Whether an engine is installed, here or for another interpreter."""
+    return _installed(engine, _program(python)) is not None
+
+
+def _program(python: str | None) -> str | None:
+    """The path of another interpreter, which is run in a folder of its own. A link stays: it may be that of a venv."""
     if python is None:
-        return importlib.util.find_spec(engine) is not None
-    look = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({engine!r}) is None)"
-    with contextlib.suppress(OSError):
-        return subprocess.run([python, "-c", look], check=False, capture_output=True).returncode == 0
-    return False
+        return None
+    found = shutil.which(python)
+    if found is None:
+        raise UsageError(f"--engine-python {python!r:.200}: there is no such program")
+    return str(Path(found).absolute())
+
+
+def _installed(engine: str, python: str | None) -> str | None:
+    """The version of an engine that its package says, empty where it says none; None where it is not installed."""
+    if python is not None:
+        with contextlib.suppress(OSError):
+            looked = subprocess.run(
+                [python, "-c", _LOOK, engine], check=False, capture_output=True, text=True, errors="replace"
+            )
+            return looked.stdout.strip() if looked.returncode == 0 else None
+        return None
+    if importlib.util.find_spec(engine) is None:
+        return None
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(engine)
+    return ""
+
+
+def _check_version(job: Job, found: str, python: str | None) -> None:
+    """Refuse an engine that is not of the version that was said."""
+    said, found = job.engine_version, found.partition("+")[0]
+    if said and found and said.split(".") != found.split(".")[: said.count(".") + 1]:
+        where = "this Python" if python is None else python
+        raise UsageError(
+            f"{where} has {_TITLES[job.engine]} {found}, not {said}: leave --engine-version out, or name a Python that "
+            f"has it with --engine-python"
+        )
 
 
 def trace(
@@ -142,12 +188,15 @@ def held(
 
 def _done(job: Job, do: str, python: str | None, progress: Progress | None, timeout: float) -> dict[str, Any]:
     """The child's answer."""
-    if not available(job.engine, python):
+    python = _program(python)
+    installed = _installed(job.engine, python)
+    if installed is None:
         where = "here" if python is None else f"for {python}"
         raise UsageError(
             f"{_TITLES[job.engine]} is not installed {where}: install it, or name a Python that has it with "
             f"--engine-python"
         )
+    _check_version(job, installed, python)
     with TemporaryDirectory(prefix="shardtool-trace-") as scratch:
         folder = Path(scratch, "model")
         skeleton(job, folder, "model.safetensors" if do == "trace" else "model-rank-0-part-0.safetensors")
@@ -175,6 +224,7 @@ def _done(job: Job, do: str, python: str | None, progress: Progress | None, time
             raise UnsupportedModel(_crashed(job, code, said, timeout)) from None
     if "error" in out:
         raise _error(job, out["error"])
+    _check_version(job, str(out["engine_version"]), python)  # its own word, where its package had none
     return out
 
 

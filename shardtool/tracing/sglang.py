@@ -32,7 +32,6 @@ from shardtool.parallel import Parallel
 from shardtool.tracing import stubs
 
 NAME = "sglang"
-TESTED = ("0.5.23",)
 
 SETTINGS = {
     "CUDA_VISIBLE_DEVICES": "",
