@@ -25,7 +25,9 @@ MOST_NESTED = 16
 """Programs inside each other."""
 _ARGUMENTS = {
     **dict.fromkeys(("add", "sub", "mul", "div", "pow"), (2, 2)),
-    **{"clamp": (2, 3), "softplus": (1, 3), "data": (1, 1)},
+    "clamp": (2, 3),
+    "softplus": (1, 3),
+    "data": (1, 1),
 }
 """How few and how many arguments an operation takes; the others take one."""
 

@@ -29,7 +29,7 @@ from shardtool.errors import UnsupportedTransform
 
 MAX_PEELED = 1 << 16
 """Rows that one window may be peeled into before the geometry is refused."""
-MAX_COMPARED = 1 << 24
+MAX_COMPARED = 1 << 22
 """Pairs of windows, or of what is left of them, that a union or a difference may look at before it is refused."""
 
 
@@ -327,6 +327,10 @@ def union(windows: Iterable[Window]) -> int:
             fresh = sum(part.size for part in rest)
         if fresh:
             total += fresh
+            run = next((earlier for earlier in near if earlier.contiguous), None) if window.contiguous else None
+            if run is not None:  # they overlap, so both are one
+                near.remove(run)
+                window = flat(run.offset, window.bounds[1] - run.offset)
             near.append(window)
     return total
 

@@ -491,6 +491,26 @@ def test_a_bad_variable_is_an_error_that_names_it(shards, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("layout", ["vllm", "vllm:builtin", "sglang", "transformers"])
+def test_the_variable_of_an_engines_python_is_for_layouts_that_ask_an_engine(work, monkeypatch, layout):
+    save = ("save", "llama", "--tp", "2", "-o", "tp2", "--layout", layout)
+    monkeypatch.setenv("SHARDTOOL_ENGINE_PYTHON", "/nowhere/python")
+    assert here(*save).code == 0
+    assert here("reshard", "tp2", "--tp", "1", "-o", "tp1", "--dry-run").code == 0
+    traced = here("save", "llama", "--tp", "2", "-o", "tp2", "--layout", "vllm:traced")
+    assert (traced.code, traced.err) == (
+        2,
+        "shardtool: error: --engine-python '/nowhere/python': there is no such program\n",
+    )
+    said = here(*save, "--engine-python", "/nowhere/python", "--dry-run")
+    assert (said.code, "--engine-python means nothing" in said.err) == ((0, False) if layout == "vllm" else (2, True))
+
+
+def test_a_layout_to_compare_with_is_named_by_its_flag(work):
+    ended = here("trace", "llama", "--tp", "2", "--compare", "old")
+    assert ended == Ended(2, "", "shardtool: error: --compare 'old' is not a layout file (*.json)\n")
+
+
 def test_a_process_of_torchrun_loads_its_own_rank(shards, monkeypatch):
     for name, value in {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)

@@ -127,6 +127,64 @@ def test_what_is_too_large_to_be_computed_is_refused_before_anything_is_read():
         Computed(MemoryStore(), {}).stored(huge)
 
 
+def test_what_a_program_takes_is_bounded_too_at_any_depth():
+    empty = Mosaic(DType.F32, (1 << 40,), (), 0.0)
+    inner = Program("neg", (empty,), DType.F32, (1,))
+    for program in (inner, Program("exp", (Mosaic(DType.F32, (1,), (whole_of(inner),)),), DType.F32, (1,))):
+        with pytest.raises(PlanError, match="'neg' takes 4398046511104 bytes; at most 268435456 can be computed"):
+            Computed(MemoryStore(), {}).stored(program)
+        recipe = Recipe((Rule("t", DType.F32, (Share((0,), (1,), (whole_of(program),)),)),))
+        with pytest.raises(PlanError, match=r"^tensor 't': the operation 'neg' takes"):
+            computed.over(MemoryStore(), {}, recipe)
+
+
+COLUMN = Mosaic(DType.F32, (20_000, 1), (), 0.0)
+ROW = Mosaic(DType.F32, (1, 20_000), (), 0.0)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        Program("add", (COLUMN, ROW), DType.F32, (4,)),
+        Program("add", (of("a", DType.F32, (12,)), Mosaic(DType.F32, (5,), (), 0.0)), DType.F32, (12,)),
+        Program("to", (of("a", DType.F32, (12,)), 1), DType.F32, (12,)),
+        Program("view", (1,), DType.F32, (12,)),
+        Program("view", (of("a", DType.F32, (3,)),), DType.I64, (12,)),
+        Program("pow", (2, 3), DType.F32, (12,)),
+        Program("add", (of("a", DType.F32, (12,)), 10**400), DType.F32, (12,)),
+        Program("neg", (Mosaic(DType.I8, (12,), (), 1e300),), DType.I8, (12,)),
+        Program("sigmoid", (Mosaic(DType.U16, (12,), (), 1.0),), DType.U16, (12,)),
+    ],
+    ids=lambda program: program.op,
+)
+def test_whatever_a_program_says_is_done_or_refused_in_one_sentence_that_names_the_tensor(program: Program):
+    store = Computed(*held(a=VALUES))
+    stored = store.stored(program, "model.t")
+    with pytest.raises((FormatError, PlanError), match=r"^tensor 'model\.t': the operation '[a-z]+' "):
+        store.readinto(stored.key, 0, memoryview(bytearray(stored.nbytes)))
+
+
+def test_a_program_inside_another_is_not_read_beyond_its_result():
+    inner = Program("neg", (of("a", DType.F32, (12,)),), DType.F32, (12,))
+    beyond = Piece(row_major((4,)), row_major((4,), 100), inner)
+    outer = Program("exp", (Mosaic(DType.F32, (4,), (beyond,)),), DType.F32, (4,))
+    with pytest.raises(
+        PlanError, match="a computed tensor takes elements of the result of 'neg' that are beyond its 12"
+    ):
+        run(outer, a=VALUES)
+
+
+def test_a_source_that_a_program_takes_and_that_is_not_there_is_told():
+    with pytest.raises(PlanError, match=r"^a computed tensor is made of 'b', which the source does not have"):
+        run(Program("neg", (of("b", DType.F32, (12,)),), DType.F32, (12,)), a=VALUES)
+
+
+def test_a_program_may_take_pieces_of_nothing():
+    nothing = Piece(row_major((0,)), row_major((0,)), "a")
+    program = Program("neg", (Mosaic(DType.F32, (2,), (nothing,), 1.0),), DType.F32, (2,))
+    assert run(program, a=VALUES).tolist() == [-1, -1]
+
+
 # As part of a plan.
 
 

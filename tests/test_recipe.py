@@ -19,6 +19,7 @@ from shardtool.recipe_json import from_json, from_runs, runs, to_json
 from shardtool.window import Window, row_major
 from tests.strategies import Draw, dtypes, names, shapes, views
 
+TWO = ("add", "sub", "mul", "div", "pow")
 PLAIN = names().filter(lambda name: "{i}" not in name and "{e}" not in name)
 EXPERTS = st.tuples(PLAIN, PLAIN).map("{e}".join)
 SLOTTED = st.tuples(PLAIN, PLAIN).map("{i}".join)
@@ -35,7 +36,7 @@ def shares(draw: Draw, ranks: tuple[int, ...], sources: st.SearchStrategy[str]) 
         src = draw(st.one_of(st.just(dst), st.just(Window(draw(st.integers(0, 99)), dst.shape, strides))))
         kind = draw(st.sampled_from(["piece", "piece", "series", "program"]))
         if kind == "program":
-            pieces.append(Piece(dst, src, draw(programs(sources))))
+            pieces.append(Piece(dst, row_major(dst.shape), draw(programs(sources, dst.shape))))
         elif kind == "series":
             numbers = tuple(draw(st.lists(st.integers(0, 20), min_size=1, max_size=4, unique=True)))
             room = row_major(shape).bounds[1] - dst.bounds[1]
@@ -47,18 +48,18 @@ def shares(draw: Draw, ranks: tuple[int, ...], sources: st.SearchStrategy[str]) 
 
 
 @st.composite
-def programs(draw: Draw, sources: st.SearchStrategy[str], depth: int = 0) -> Program:
-    """An operation on numbers, texts and mosaics, which may cite programs again."""
-    args: list[Any] = []
-    for _ in range(draw(st.integers(0, 2))):
-        if draw(st.booleans()):
-            args.append(draw(st.one_of(st.integers(-9, 9), st.floats(-1, 1), st.text(max_size=3))))
-            continue
-        shape = draw(shapes(dims=2))
-        whole = row_major(shape)
-        inner = programs(sources, depth + 1) if depth < 2 else sources
-        args.append(Mosaic(draw(dtypes()), shape, (Piece(whole, whole, draw(sources | inner)),), draw(st.none())))
-    return Program(draw(st.sampled_from(sorted(OPERATIONS))), tuple(args), draw(dtypes()), draw(shapes(dims=2)))
+def programs(draw: Draw, sources: st.SearchStrategy[str], shape: tuple[int, ...], depth: int = 0) -> Program:
+    """An operation on mosaics, which may cite programs again, and on numbers; or a constant."""
+    op, dtype = draw(st.sampled_from(sorted(OPERATIONS))), draw(dtypes())
+    if op == "data":
+        return Program(op, (draw(st.text(max_size=3)),), dtype, shape)
+    whole = row_major(shape)
+    inner = programs(sources, shape, depth + 1) if depth < 2 else sources
+    taken = Mosaic(dtype, shape, (Piece(whole, whole, draw(sources | inner)),), draw(st.sampled_from([None, 0.5])))
+    number = st.integers(-9, 9) | st.floats(-1, 1)
+    fewest, most = {"clamp": (1, 2), "softplus": (0, 2)}.get(op, (1, 1) if op in TWO else (0, 0))
+    others = draw(st.lists(number | st.just(Mosaic(dtype, (), (), 1.0)), min_size=fewest, max_size=most))
+    return Program(op, (taken, *others), dtype if op == "view" else draw(dtypes()), shape)
 
 
 @st.composite
@@ -159,6 +160,119 @@ def test_programs_inside_each_other_have_a_limit():
         from_json(deep, "shardtool.json")
 
 
+# What programs may say.
+
+
+def computed(op: str, args: list[Any], shape: list[int]) -> list[dict[str, Any]]:
+    """A recipe of one target that is computed, whole."""
+    share = {"ranks": [[0, 1]], "shape": shape, "pieces": [{"of": program(op, args, shape)}]}
+    return [{"name": "t", "dtype": "F32", "shares": [share]}]
+
+
+def program(op: str, args: list[Any], shape: list[int]) -> dict[str, Any]:
+    return {"op": op, "args": args, "dtype": "F32", "shape": shape}
+
+
+def taken(shape: list[int], dtype: str = "F32", of: Any = "a") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "pieces": [{"of": of}]}
+
+
+@pytest.mark.parametrize(
+    ("op", "args"),
+    [
+        ("neg", [taken([4, 3])]),
+        ("add", [taken([4, 1]), taken([3])]),
+        ("pow", [2, taken([4, 3])]),
+        ("clamp", [taken([4, 3]), 0, 1]),
+        ("softplus", [taken([4, 3])]),
+        ("softplus", [taken([4, 3]), 1.0, 20]),
+        ("to", [taken([4, 3], "BF16")]),
+        ("view", [taken([4, 3], "I32")]),
+        ("data", ["text"]),
+    ],
+    ids=str,
+)
+def test_a_program_that_yields_what_it_says_is_read(op: str, args: list[Any]):
+    made = computed(op, args, [4, 3])
+    assert to_json(from_json(made, "shardtool.json")) == made
+
+
+@pytest.mark.parametrize(
+    ("op", "args", "why"),
+    [
+        ("add", [taken([20_000, 1]), taken([1, 20_000])], r"\[20000, 1\] and \[1, 20000\] does not yield \[4\]"),
+        ("add", [taken([4]), taken([3])], "does not yield"),
+        ("neg", [taken([1 << 40])], "does not yield"),
+        ("to", [taken([4]), 1], "does not take the 2 arguments"),
+        ("clamp", [taken([4])], "does not take the 1 arguments"),
+        ("view", [1], "does not take the 1 arguments"),
+        ("pow", [2, 3], "does not take the 2 arguments"),
+        ("neg", ["text"], "does not take the 1 arguments"),
+        ("data", [taken([4])], "does not take the 1 arguments"),
+        ("view", [taken([4], "BF16")], "makes BF16 elements F32"),
+        ("to", [taken([4], "F4")], "narrower than a byte"),
+        ("neg", [taken([4], of=program("neg", [taken([2])], [2]))], "beyond its 2"),
+    ],
+    ids=str,
+)
+def test_a_program_that_cannot_yield_what_it_says_is_refused(op: str, args: list[Any], why: str):
+    with pytest.raises(FormatError, match=why):
+        from_json(computed(op, args, [4]), "shardtool.json")
+
+
+@pytest.mark.parametrize(("start", "sound"), [(2, True), (3, False), (1 << 40, False)])
+def test_a_piece_stays_inside_the_result_of_its_program(start: int, sound: bool):
+    made = computed("neg", [taken([4])], [4])
+    made[0]["shares"][0]["pieces"][0] |= {"shape": [2], "to": [0, 1], "from": [start, 1]}
+    if sound:
+        assert to_json(from_json(made, "shardtool.json")) == made
+        return
+    with pytest.raises(FormatError, match="the result of 'neg' beyond its 4"):
+        from_json(made, "shardtool.json")
+
+
+# What a recipe may ask for.
+
+
+def layered(layers: int, ranks: int, pieces: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A rule whose ranks hold a share each, of the same sources."""
+    shares = [{"ranks": [[rank, rank + 1]], "shape": [2], "pieces": pieces} for rank in range(ranks)]
+    return [{"name": "t.{i}", "i": [[0, layers]], "dtype": "F32", "shares": shares}]
+
+
+def one(of: Any) -> dict[str, Any]:
+    return {"of": of, "shape": [1], "to": [0, 1], "from": [0, 1]}
+
+
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        layered(1_000_000, 1, [one(f"s{k}.{{i}}") for k in range(20)]),
+        layered(
+            500_000,
+            1,
+            [one(program("neg", [taken([1], of=f"s{k}.{{i}}")], [1])) for k in range(20)],
+        ),
+        layered(100_000, 50, [one("s.{i}")]),
+        layered(1, 10, [{**one("s.{e}"), "e": [[0, 500_000]], "step": [0, 1]}]),
+        layered(1_000, 1, [{**one("s.{i}.{e}"), "e": [[0, 5_000]], "step": [0, 1]}]),
+    ],
+    ids=["pieces", "programs", "ranks", "series", "series of layers"],
+)
+def test_a_few_bytes_cannot_ask_for_more_than_a_model_has(bomb: list[dict[str, Any]]):
+    assert len(json.dumps(bomb)) < 10_000
+    with pytest.raises(FormatError, match="more than 4194304 pieces"):
+        from_json(bomb, "shardtool.json")
+
+
+def test_the_largest_models_are_within_the_limit():
+    """DeepSeek-V3's experts with their scales at tp 64, in four stages; Llama 3.1 405B at tp 64."""
+    experts = [{**one(f"l.{{i}}.{{e}}.{k}"), "e": [[0, 256]], "step": [0, 0]} for k in range(6)]
+    deepseek = [entry for _ in range(4) for entry in layered(15, 64, experts)]
+    llama = [entry for _ in range(12) for entry in layered(126, 64, [one("l.{i}.a"), one("l.{i}.b"), one("l.{i}.c")])]
+    assert len(from_json([*deepseek, *llama], "shardtool.json").rules) == 16
+
+
 # Damage.
 
 SOUND: list[dict[str, Any]] = [
@@ -178,7 +292,7 @@ SOUND: list[dict[str, Any]] = [
                     {
                         "of": {
                             "op": "add",
-                            "args": [{"dtype": "F32", "shape": [2], "fill": 1.0, "pieces": [{"of": "d"}]}, 2, "x"],
+                            "args": [{"dtype": "F32", "shape": [2], "fill": 1.0, "pieces": [{"of": "d"}]}, 2],
                             "dtype": "F32",
                             "shape": [2],
                         },
@@ -256,6 +370,18 @@ DAMAGE: list[tuple[list[Any], Any]] = [
     ([0, "shares", 0, "pieces", 3, "of", "args", 1], [2]),
     ([0, "shares", 0, "pieces", 3, "of", "args", 0, "dtype"], "F128"),
     ([0, "shares", 0, "pieces", 3, "of", "args", 0, "shape"], [-1]),
+    ([0, "shares", 0, "pieces", 3, "of", "args"], []),
+    ([0, "shares", 0, "pieces", 3, "of", "args", 1], "text"),
+    ([0, "shares", 0, "pieces", 3, "of", "args", 1], None),
+    ([0, "shares", 0, "pieces", 3, "of", "args", 0], 1),  # no tensor is left
+    ([0, "shares", 0, "pieces", 3, "of", "args", 0, "shape"], [3]),
+    ([0, "shares", 0, "pieces", 3, "of", "args", 0, "dtype"], "F4"),
+    ([0, "shares", 0, "pieces", 3, "of", "op"], "to"),
+    ([0, "shares", 0, "pieces", 3, "of", "op"], "neg"),
+    ([0, "shares", 0, "pieces", 3, "of", "op"], "data"),
+    ([0, "shares", 0, "pieces", 3, "of", "shape"], [3]),
+    ([0, "shares", 0, "pieces", 3, "from"], [1, 1]),
+    ([0, "shares", 0, "pieces", 3, "from"], [0, 2]),
     ([0, "shares", 0, "pieces", 3, "of", "dtype"], None),
     ([0, "shares", 0, "pieces", 3, "of", "shape"], [1 << 60]),
 ]

@@ -188,6 +188,36 @@ def test_a_union_counts_each_address_once(found: list[Window]):
         assert together == len({int(address) for w in found for address in addresses(w).flat})
 
 
+def test_a_union_of_many_windows_that_overlap_does_not_double_with_each():
+    assert union(flat(k, 500) for k in range(5_000)) == 5_499
+    rows = [row_major((64, 64)).narrow(0, k, 32).narrow(1, k, 32) for k in range(33)]
+    assert union(rows) == len({int(address) for row in rows for address in addresses(row).flat})
+
+
+def test_a_union_of_thousands_of_windows_apart_from_each_other_compares_none_of_them(monkeypatch):
+    monkeypatch.setattr(module, "MAX_COMPARED", 0)
+    assert union(flat(1000 * k, 1000) for k in range(5000)) == 5_000_000
+    with pytest.raises(UnsupportedTransform, match="overlap in too many ways: more than 0 pairs"):
+        union([flat(0, 3), flat(2, 3)])
+
+
+def test_a_union_that_would_fall_into_too_many_pieces_is_refused(monkeypatch):
+    combs = [Window(k, (100, 2), (20, 1)) for k in range(5)]
+    assert union([*combs, flat(0, 1500)]) == len({int(a) for w in combs for a in addresses(w).flat} | {*range(1500)})
+    monkeypatch.setattr(module, "MAX_COMPARED", 10)
+    with pytest.raises(UnsupportedTransform, match="overlap in too many ways"):
+        union([*combs, flat(0, 1500)])
+
+
+def test_a_long_window_without_many_rows_that_do_not_divide_is_taken_apart_once(monkeypatch):
+    """Each row is held against what is left beside it, not against all that is left."""
+    rows = Window(5, (2_000, 2), (1003, 7))
+    monkeypatch.setattr(module, "MAX_COMPARED", 10 * 2_000)
+    found = without(flat(0, 1 << 30), flat(0, 1 << 30), rows)
+    assert sum(kept.size for kept, _ in found) == (1 << 30) - rows.size
+    assert len(found) < 3 * 2_000
+
+
 def crowded(window: Window) -> bool:
     """Whether one row of a window begins before another ends, so that the window may meet itself."""
     moving = sorted((s, n) for s, n in zip(window.strides, window.shape, strict=True) if s and n > 1)

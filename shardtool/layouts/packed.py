@@ -72,8 +72,7 @@ MX_BACKENDS: dict[str, tuple[int, int]] = {
 ``marlin`` on NVIDIA ones.
 """
 
-MOE_BACKENDS = {
-    *MX_BACKENDS,
+MOE_BACKENDS = frozenset(MX_BACKENDS) | {
     "aiter",
     "aiter_mega_moe",
     "auto",

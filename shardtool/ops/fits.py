@@ -12,8 +12,8 @@ from functools import partial
 from shardtool.checkpoint import CONFIG, Checkpoint
 from shardtool.errors import ShardtoolError, UsageError
 from shardtool.mosaic import Logical
+from shardtool.ops import layout as layouts
 from shardtool.ops import source as sources
-from shardtool.ops.layout import write_side_files
 from shardtool.ops.structure import WHOLE, FileCheck, unlike
 from shardtool.parallel import Parallel
 from shardtool.tracing import parent as tracing
@@ -32,8 +32,6 @@ def check_fit(
         raise UsageError(f"--engine {engine}: {checkpoint.uri} is not sharded; it is for the ranks' own files")
     made = checkpoint.manifest
     parallel = made.parallel if made is not None else _sizes(checkpoint)
-    if moe_backend is None and made is not None and made.layout.get("engine") == engine:
-        moe_backend = made.layout.get("moe_backend")
     held = {rank: checkpoint.held(rank) for rank in ranks}
     config = checkpoint.store.get(CONFIG, limit=1 << 30).decode("utf-8", "replace")
     side = [(found.key, found.size) for found in checkpoint.objects.values()]
@@ -44,12 +42,12 @@ def check_fit(
             engine=engine,
             uri=checkpoint.uri,
             config=config,
-            side=partial(write_side_files, checkpoint.store, side),
+            side=partial(layouts.write_side_files, checkpoint.store, side),
             tensors={name: Logical(s.dtype, s.shape) for tensors in held.values() for name, s in tensors.items()},
             parallels=(parallel,),
             dtype=None,
             trust_remote_code=trust_remote_code,
-            moe_backend=moe_backend,
+            moe_backend=layouts.moe_backend(moe_backend, made, engine),
         ),
         python=python,
     )

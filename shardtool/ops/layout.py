@@ -22,6 +22,7 @@ from shardtool.layouts import file as files
 from shardtool.layouts import tables, vllm
 from shardtool.layouts.base import Layout, Model, Outline, dtype_in
 from shardtool.layouts.packed import MOE_BACKENDS
+from shardtool.manifest import Manifest
 from shardtool.ops import source as sources
 from shardtool.ops.source import Source
 from shardtool.parallel import Parallel
@@ -167,12 +168,12 @@ def from_file(path: str, flag: str = "--layout") -> files.FileLayout:
         return files.decode(store.get(name, limit=MOST), store.locate(name))
 
 
-def _backend(source: Source, choice: Choice, engine: str) -> str | None:
-    """The engine's kernel for experts: that which was said, else that which shards of this engine were made for."""
-    if choice.moe_backend is None and source.origin is not None and source.origin.layout.get("engine") == engine:
-        recorded = source.origin.layout.get("moe_backend")
-        return recorded if isinstance(recorded, str) else None
-    return choice.moe_backend
+def moe_backend(said: str | None, made: Manifest | None, engine: str) -> str | None:
+    """The engine's kernel for experts: that which was said, else that which this engine's shards were made for."""
+    if said is None and made is not None and made.layout.get("engine") == engine:
+        found = made.layout.get("moe_backend")
+        return found if isinstance(found, str) else None
+    return said
 
 
 def _builtin(source: Source, choice: Choice) -> Layout:
@@ -182,7 +183,7 @@ def _builtin(source: Source, choice: Choice) -> Layout:
         from shardtool.layouts import sglang
 
         return sglang.for_config(source.config) if version is None else sglang.for_config(source.config, version)
-    backend = _backend(source, choice, tables.ENGINE)
+    backend = moe_backend(choice.moe_backend, source.origin, tables.ENGINE)
     found = vllm.for_config(source.config, version or tables.ENGINE_VERSION, backend)
     if backend is not None and backend not in MOE_BACKENDS:
         known = ", ".join(sorted(MOE_BACKENDS))
@@ -197,7 +198,7 @@ def _refuse_foreign(source: Source) -> None:
 
 def _traced(source: Source, choice: Choice, parallel: Parallel, dtype: str) -> Layout:
     engine = choice.layout.partition(":")[0]
-    choice = replace(choice, moe_backend=_backend(source, choice, engine))
+    choice = replace(choice, moe_backend=moe_backend(choice.moe_backend, source.origin, engine))
     return trace(source, choice, engine, [parallel], _traced_dtype(source, dtype))
 
 

@@ -43,9 +43,10 @@ def reshard(
     """Write the shards of another ``tp``: byte for byte what ``save`` at that tp writes.
 
     The layout's table in the manifest is evaluated again, so that nothing but the checkpoint is needed. One that was
-    traced knows its own sizes only: for others say ``layout``. ``verify``: check the input's digests first.
-    ``source_pattern``: the names of shards without a manifest. ``expert_parallel``: None is as the input is. The rest
-    is as in ``save``.
+    traced knows its own sizes only: for others say ``layout``. What says more of the layout (``engine_version`` and the
+    rest) is for that; ``moe_backend`` is then the input's unless another is said. ``verify``: check the input's digests
+    first. ``source_pattern``: the names of shards without a manifest. ``expert_parallel``: None is as the input is.
+    The rest is as in ``save``.
     """
     means = Means(
         memory_limit=memory_limit,

@@ -570,6 +570,19 @@ def test_a_layout_with_a_size_that_nobody_knows_is_refused():
         vllm.from_manifest(record, "here")
 
 
+@pytest.mark.parametrize("of", ["{e}{i}", "model.layers.{i}.mlp.{e}.weight"])
+def test_a_table_that_names_experts_is_refused_for_a_model_that_has_none(of: str):
+    made = config("llama")
+    record = json.loads(json.dumps(vllm.for_config(made).record()))
+    row = next(row for row in record["table"]["rows"] if row["to"] == "model.layers.{i}.mlp.down_proj.weight")
+    row["of"] = [of]
+    changed, sources = vllm.from_manifest(record, "here"), Model(made, logicals(tensors(made)), DType.BF16)
+    with pytest.raises(
+        PlanError, match=r"makes 'model\.layers\.0\.mlp\.down_proj\.weight' of one '.*\{e\}.*' for each"
+    ):
+        changed.outline(sources, Parallel(2, 1))
+
+
 def test_a_layout_is_read_back_from_its_record():
     layout = vllm.for_config(config())
     assert vllm.from_manifest(json.loads(json.dumps(layout.record())), "here") == layout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from shardtool.ops.layout import Choice
 from shardtool.parallel import Parallel
 from tests.builders import Files, Raw, config, contents, model, put, random, rank_tensors, tensors
 from tests.layouts import traced
+from tests.layouts.test_quantized import gpt_oss
 
 GROUP = "vllm-0.32.0"
 
@@ -139,11 +141,120 @@ def test_an_engine_that_is_not_installed_is_missed_with_the_way_out(place: Path)
         shardtool.save(place / "novel", place / "out", tp=2)
 
 
-@pytest.mark.parametrize("flag", ["engine_version", "engine_python", "trust_remote_code", "moe_backend"])
-def test_flags_that_mean_nothing_to_transformers_are_refused(place: Path, flag: str):
-    said: dict[str, Any] = {flag: "x"}
-    with pytest.raises(UsageError, match="means nothing to --layout transformers"):
-        shardtool.save(place / "model", place / "out", tp=2, layout="transformers", **said)
+FLAGS = {"engine_version", "engine_python", "trust_remote_code", "moe_backend"}
+MEANT = {
+    "transformers": set(),
+    "vllm:builtin": {"engine_version", "moe_backend"},
+    "sglang": {"engine_version"},
+    "sglang:builtin": {"engine_version"},
+    "FILE": set(),
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "flag"), [(layout, flag) for layout, meant in MEANT.items() for flag in sorted(FLAGS - meant)]
+)
+def test_flags_that_mean_nothing_to_a_layout_are_refused(place: Path, layout: str, flag: str):
+    if layout == "FILE":
+        layout = layout_file(place, traced.read(GROUP, "llama"))
+    said: dict[str, Any] = {flag: "triton"}
+    name = flag.replace("_", "-")
+    with pytest.raises(UsageError, match=f"--{name} means nothing to --layout {layout}, which .*; leave it out"):
+        shardtool.save(place / "model", place / "out", tp=4, layout=layout, **said)
+
+
+@pytest.mark.parametrize(
+    ("layout", "said"),
+    [
+        ("vllm:builtin", {"engine_version": "0.27", "moe_backend": "triton"}),
+        ("sglang", {"engine_version": "0.5.23"}),
+        ("vllm", {"engine_version": "0.27", "engine_python": "python", "trust_remote_code": True}),
+    ],
+)
+def test_flags_that_mean_something_to_a_layout_are_taken(place: Path, layout: str, said: dict[str, Any]):
+    summary = shardtool.save(place / "model", place / "out", tp=2, layout=layout, dry_run=True, **said)
+    assert summary.details["engine"].endswith(said["engine_version"])
+
+
+def test_a_layout_file_takes_the_backend_that_it_is_for(tmp_path: Path):
+    made, kept = of_trace("llama")
+    put(tmp_path / "model", made)
+    file = tmp_path / "layout.json"
+    file.write_bytes(files.encode(replace(kept.layout, moe_backend="marlin")))
+    said: dict[str, Any] = {"tp": 4, "layout": str(file), "dry_run": True}
+    shardtool.save(tmp_path / "model", tmp_path / "out", moe_backend="marlin", **said)
+    with pytest.raises(UsageError, match=r"--moe-backend means nothing to --layout .*json, which is what one engine"):
+        shardtool.save(tmp_path / "model", tmp_path / "out", moe_backend="triton", **said)
+
+
+def test_a_backend_that_no_table_has_heard_of_is_refused(place: Path):
+    with pytest.raises(UsageError, match=r"--moe-backend 'guess' is none of vLLM's kernels for experts: .*marlin"):
+        shardtool.save(place / "model", place / "out", tp=2, moe_backend="guess")
+
+
+# Reshard without a layout, and with one.
+
+
+@pytest.fixture
+def mxfp4(tmp_path: Path) -> Path:
+    """Shards of a model whose experts' shapes depend on the kernel."""
+    shardtool.save(put(tmp_path / "model", model(*gpt_oss())), tmp_path / "tp1", tp=1, moe_backend="marlin")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "said", [{"engine_version": "0.27"}, {"engine_python": "x"}, {"trust_remote_code": True}, {"moe_backend": "triton"}]
+)
+def test_flags_of_a_layout_are_refused_where_none_is_chosen(mxfp4: Path, said: dict[str, Any]):
+    with pytest.raises(UsageError, match=r"--[a-z-]+ means nothing without --layout: .* or say --layout vllm"):
+        shardtool.reshard(mxfp4 / "tp1", mxfp4 / "tp2", tp=2, **said)
+    shardtool.reshard(mxfp4 / "tp1", mxfp4 / "tp2", tp=2, moe_backend="marlin")
+
+
+@pytest.mark.parametrize("layout", ["vllm", "vllm:builtin"])
+def test_the_backend_of_the_shards_is_kept_unless_another_is_said(mxfp4: Path, layout: str):
+    for said in ("marlin", "triton"):
+        shardtool.save(mxfp4 / "model", mxfp4 / said, tp=2, moe_backend=said)
+    wanted = {said: shards(contents(mxfp4 / said), 2) for said in ("marlin", "triton")}
+    assert wanted["marlin"] != wanted["triton"]
+    shardtool.reshard(mxfp4 / "tp1", mxfp4 / "kept", tp=2, layout=layout)
+    assert shards(contents(mxfp4 / "kept"), 2) == wanted["marlin"]
+    shardtool.reshard(mxfp4 / "tp1", mxfp4 / "other", tp=2, layout=layout, moe_backend="triton")
+    assert shards(contents(mxfp4 / "other"), 2) == wanted["triton"]
+
+
+# Before an engine is started.
+
+
+@pytest.mark.parametrize("said", [None, "float32", "float64"])
+def test_a_trace_for_shards_needs_a_dtype_that_does_not_depend_on_the_gpu(tmp_path: Path, said: str | None):
+    made = config(torch_dtype=said, dtype=said)
+    put(tmp_path / "model", model({k: v for k, v in made.items() if v is not None}, tensors(config())))
+    with pytest.raises(UsageError, match=r"config\.json .*: say --dtype bfloat16 or --dtype float16"):
+        shardtool.save(tmp_path / "model", tmp_path / "out", tp=2, layout="vllm:traced")
+    with pytest.raises(UsageError, match="vLLM is not installed here"):
+        shardtool.save(tmp_path / "model", tmp_path / "out", tp=2, layout="vllm:traced", dtype="bfloat16")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float64", "F8_E4M3"])
+def test_engines_are_asked_for_dtypes_that_they_have(place: Path, dtype: str):
+    with pytest.raises(UsageError, match=f"--dtype {dtype}"):
+        shardtool.trace(place / "model", tp=2, dtype=dtype)
+    with pytest.raises(UsageError, match="vLLM is not installed here"):
+        shardtool.trace(place / "model", tp=2, dtype="float32")
+
+
+@pytest.mark.parametrize("data", [b"", b'{"my": "notes"}', b"\xff" * 100])
+def test_a_trace_replaces_nothing_but_a_layout_file(place: Path, data: bytes):
+    path = place / "notes.json"
+    path.write_bytes(data)
+    with pytest.raises(UsageError, match=r"--output '.*notes\.json' is there already, and only a layout file is"):
+        shardtool.trace(place / "model", tp=2, output=path)
+    assert path.read_bytes() == data
+    for output in (layout_file(place, traced.read(GROUP, "llama")), place / "new.json", place / "new" / "new.json"):
+        with pytest.raises(UsageError, match="vLLM is not installed here"):
+            shardtool.trace(place / "model", tp=2, output=output)
+    assert not (place / "new").exists()
 
 
 def test_a_whole_checkpoint_has_no_layout_of_its_own(place: Path):

@@ -113,17 +113,17 @@ def test_of_a_list_of_errors_the_first_is_quoted() -> None:
 
 def test_an_engine_that_is_not_installed_is_refused_with_what_to_do(tmp_path: Path) -> None:
     python = tmp_path / "python"
-    with pytest.raises(UsageError, match=r"vLLM is not installed for .*--engine-python"):
+    with pytest.raises(UsageError, match=r"--engine-python '.*python': there is no such program"):
         parent.trace(job(), python=str(python))
     python.write_text("#!/bin/sh\nexit 1\n")
     python.chmod(0o755)
-    with pytest.raises(UsageError, match=r"vLLM is not installed for"):
+    with pytest.raises(UsageError, match=r"vLLM is not installed for .*--engine-python"):
         parent.held(job(), python=str(python))
 
 
 def test_a_child_that_ends_without_an_answer_is_an_error(tmp_path: Path) -> None:
     python = tmp_path / "python"
-    python.write_text('#!/bin/sh\nif [ "$#" -gt 2 ]; then echo sorry; exit 7; fi\n')
+    python.write_text('#!/bin/sh\nif [ "$#" -gt 3 ]; then echo sorry; exit 7; fi\n')
     python.chmod(0o755)
     with pytest.raises(UnsupportedModel, match=r"vLLM ended with exit code 7 .*: sorry"):
         parent.trace(job(), python=str(python))
@@ -133,3 +133,63 @@ def test_the_package_is_given_to_another_python_alone(tmp_path: Path) -> None:
     folder = parent._path(tmp_path)
     assert [path.name for path in folder.iterdir()] == ["shardtool"]
     assert (folder / "shardtool" / "tracing" / "child.py").exists()
+
+
+def interpreter(folder: Path, version: str = "") -> Path:
+    """A Python of its own folder that has a package vllm of some version, or of none, which can do nothing."""
+    packages = folder / "packages"
+    (packages / "vllm").mkdir(parents=True)
+    (packages / "vllm" / "__init__.py").write_text("")
+    if version:
+        (packages / f"vllm-{version}.dist-info").mkdir()
+        (packages / f"vllm-{version}.dist-info" / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n"
+        )
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={packages} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    return python
+
+
+@pytest.mark.parametrize("said", ["0.27", "0.3", "0.32.1", "0.32.0.1", "1"])
+def test_an_engine_of_another_version_is_refused_before_it_is_started(said: str, tmp_path: Path) -> None:
+    python = interpreter(tmp_path, "0.32.0+cpu")
+    with pytest.raises(UsageError, match=rf"{python} has vLLM 0\.32\.0, not {said}: .*--engine-version"):
+        parent.trace(job(engine_version=said), python=str(python), timeout=0)
+
+
+@pytest.mark.parametrize("said", ["0", "0.32", "0.32.0", None])
+def test_a_version_is_said_by_its_first_numbers(said: str | None, tmp_path: Path) -> None:
+    python = interpreter(tmp_path, "0.32.0+cpu")
+    with pytest.raises(
+        UnsupportedModel, match="vLLM cannot load this model"
+    ):  # it was started, and is an empty package
+        parent.trace(job(engine_version=said), python=str(python))
+
+
+def test_an_engine_whose_package_says_no_version_says_it_itself(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    answer = '{"engine_version": "0.32.0", "class": "X", "dtype": "BF16", "layouts": []}'
+    python.write_text(f'#!/bin/sh\nif [ "$#" -gt 3 ]; then echo \'{answer}\' > "$5"; fi\n')
+    python.chmod(0o755)
+    with pytest.raises(UsageError, match=r"has vLLM 0\.32\.0, not 0\.27"):
+        parent.trace(job(engine_version="0.27"), python=str(python))
+
+
+def test_an_interpreter_is_found_by_a_relative_path_and_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interpreter(tmp_path / "bin")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    for said in ("bin/python", "./bin/../bin/python", "python"):
+        assert parent.available("vllm", said)
+        with pytest.raises(UnsupportedModel, match="vLLM cannot load this model"):
+            parent.trace(job(), python=said)
+
+
+def test_a_link_to_an_interpreter_is_not_followed(tmp_path: Path) -> None:
+    """What it points to does not have the packages of the environment that it lies in."""
+    link = tmp_path / "python"
+    link.symlink_to(sys.executable)
+    assert parent._program(str(link)) == str(link)
