@@ -291,7 +291,7 @@ def verify(uri: str, **flags: Any) -> int:
             against=flags["against"],
             quick=flags["quick"],
             engine=flags["engine"],
-            engine_python=settings.engine_python(flags["engine_python"]),
+            engine_python=settings.engine_python(flags["engine_python"]) if flags["engine"] else flags["engine_python"],
             trust_remote_code=flags["trust_remote_code"],
             moe_backend=flags["moe_backend"],
             pattern=flags["pattern"],

@@ -112,6 +112,10 @@ def verify(
     shards; ``engine_python``, ``trust_remote_code`` and ``moe_backend`` are as in ``save``. ``pattern``: the names of
     shards without a manifest. Returns a report; ``report.ok`` and ``report.exit_code`` say how it went.
     """
+    if engine is None and (engine_python or trust_remote_code or moe_backend):
+        raise UsageError(
+            "--engine-python, --trust-remote-code and --moe-backend are for --engine; say which one to ask"
+        )
     if quick and against is not None:
         raise UsageError("--quick looks at no tensor and --against at all of them; use one of the two")
     began = time.monotonic()

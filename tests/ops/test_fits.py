@@ -88,3 +88,10 @@ def test_the_version_that_was_said_is_the_one_that_is_traced(tmp_path: Path, lay
         shardtool.save(source, tmp_path / "out", engine_version="0.27", **said)
     with pytest.raises(UnsupportedModel, match="vLLM ended with exit code 7"):
         shardtool.save(source, tmp_path / "out", engine_version="0.32", **said)
+
+
+@pytest.mark.parametrize("flag", ["engine_python", "trust_remote_code", "moe_backend"])
+def test_flags_for_an_engine_that_is_not_asked_are_refused(flag: str, tmp_path: Path):
+    said: dict[str, Any] = {flag: "x"}
+    with pytest.raises(UsageError, match="are for --engine; say which one to ask"):
+        shardtool.verify(tmp_path, **said)
