@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from difflib import unified_diff
@@ -102,5 +103,9 @@ def table(results: Results) -> list[str]:
     return rows
 
 
+_FOLDER = re.compile(r"(?<![\w:/])(?:/[\w.-]+)+/")
+
+
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;")[:160]
+    """A reason as one cell; folders of this machine say nothing to others."""
+    return _FOLDER.sub("", text).replace("|", "\\|").replace("<", "&lt;")[:160]
