@@ -81,7 +81,9 @@ def outlined(source: Source, choice: Choice, parallel: Parallel, dtype: str = "a
                     f"{error}; where vLLM is installed its layout can be traced from vLLM itself: shardtool trace"
                     f" writes it to a file for --layout FILE"
                 ) from None
-            return _outlined(source, _traced(source, choice, parallel, dtype), parallel, dtype)
+            layout, outline, held = _outlined(source, _traced(source, choice, parallel, dtype), parallel, dtype)
+            note = f"no built-in table knows this model: it is cut by {layout.title}"
+            return layout, replace(outline, notes=(note, *outline.notes)), held
     return _outlined(source, choose(source, choice, parallel, dtype), parallel, dtype)
 
 
