@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from math import prod
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ from shardtool.mosaic import resolve
 from shardtool.plan import Catalog, Mosaic, Piece, Program, Stored, Tensor
 from shardtool.recipe import Recipe
 from shardtool.recipe_json import broadcast
-from shardtool.stores.base import Object, Store, Writer
+from shardtool.stores.base import Store, Wrapper
 
 if TYPE_CHECKING:
     import torch
@@ -36,12 +36,11 @@ CACHED = 8 << 20
 """Bytes of results that are kept for the next tile of the same tensor, and more only for a larger one."""
 
 
-class Computed(Store):
+class Computed(Wrapper):
     """A store with the results of programs beside its objects. ``catalog``: where the programs' sources lie."""
 
     def __init__(self, inner: Store, catalog: Catalog) -> None:
-        self.inner = inner
-        self.uri = inner.uri
+        super().__init__(inner)
         self._catalog = catalog
         self._programs: dict[str, tuple[Program, str]] = {}
         self._done: dict[str, bytes] = {}
@@ -64,7 +63,7 @@ class Computed(Store):
         """
         known = self._programs.get(key)
         if known is None:
-            self.inner.readinto(key, start, view)
+            super().readinto(key, start, view)
             return
         with self._lock:  # one at a time: what they take is counted once
             data = self._done.get(key)
@@ -145,36 +144,6 @@ class Computed(Store):
             taken = source.as_strided(piece.src.shape, piece.src.strides)
             flat.as_strided(piece.dst.shape, piece.dst.strides, piece.dst.offset).copy_(taken)
         return value
-
-    # What is not computed is the inner store's.
-
-    def list(self, prefix: str = "") -> Iterator[Object]:
-        """Pass on."""
-        return self.inner.list(prefix)
-
-    def stat(self, key: str) -> Object:
-        """Pass on."""
-        return self.inner.stat(key)
-
-    def create(self, key: str, size: int, *, exclusive: bool = False) -> Writer:
-        """Pass on."""
-        return self.inner.create(key, size, exclusive=exclusive)
-
-    def delete(self, key: str) -> None:
-        """Pass on."""
-        self.inner.delete(key)
-
-    def unit(self, size: int) -> int:
-        """Pass on."""
-        return self.inner.unit(size)
-
-    def held(self, size: int) -> int:
-        """Pass on."""
-        return self.inner.held(size)
-
-    def close(self) -> None:
-        """Close the inner store."""
-        self.inner.close()
 
 
 def over(store: Store, catalog: Catalog, recipe: Recipe) -> tuple[Store, Resolve, int]:

@@ -1,15 +1,16 @@
-"""The inventory of a source, every tensor's dtype and shape, as compact JSON values and back."""
+"""The inventory of a source, every tensor's dtype and shape: as compact JSON values, and against a recipe."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 from shardtool.dtypes import DType
 from shardtool.mosaic import Logical
-from shardtool.recipe import SLOT, filled
-from shardtool.recipe_json import count, from_runs, runs, shape_of
+from shardtool.recipe import SLOT, Recipe, filled
+from shardtool.recipe_json import count, from_runs, runs, shape_of, text_of
 
 MOST_TENSORS = 1 << 20
 MOST_LETTERS = 128 << 20
@@ -40,9 +41,7 @@ def unpack(value: Any) -> dict[str, Logical]:
     counts = [count(entry["i"]) if "i" in entry else 1 for entry in value]
     letters = 0
     for n, entry in zip(counts, value, strict=True):
-        if not isinstance(entry["name"], str):
-            raise TypeError(f"{entry['name']!r} is not a name")
-        letters += n * len(entry["name"])
+        letters += n * len(text_of(entry["name"]))
     if sum(counts) > MOST_TENSORS or letters > MOST_LETTERS:
         raise ValueError(f"it lists {sum(counts)} source tensors, whose names have {letters} letters")
     for entry in value:
@@ -50,3 +49,21 @@ def unpack(value: Any) -> dict[str, Logical]:
         for i in from_runs(entry["i"]) if "i" in entry else (None,):
             found[filled(entry["name"], i)] = tensor
     return dict(sorted(found.items()))
+
+
+def check(recipe: Recipe, ranks: int, inventory: Mapping[str, Logical], *, complete: bool) -> None:
+    """Refuse a recipe with ranks beyond those that there are, or windows beyond the ends of its sources.
+
+    ``complete``: a source that is not listed is refused too. Raises ``ValueError``.
+    """
+    for rule in recipe.rules:
+        if any(share.ranks and max(share.ranks) >= ranks for share in rule.shares):
+            raise ValueError(f"{rule.name!r} has a rank beyond the {ranks} that there are")
+        ends = {name: max(window.bounds[1] for window in windows) for name, windows in rule.sources().items()}
+        for template in {*ends, *(name for program in rule.programs() for name in program.sources())}:
+            for name in rule.filled((template,)):
+                logical = inventory.get(name)
+                if logical is None and complete:
+                    raise ValueError(f"{rule.name!r} takes {name!r}, which the checkpoint does not have")
+                if logical is not None and ends.get(template, 0) > prod(logical.shape):
+                    raise ValueError(f"{rule.name!r} takes elements of {name!r} that are beyond its last")

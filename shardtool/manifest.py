@@ -14,7 +14,6 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any
 
 from shardtool import digest, inventory, parallel, pattern, recipe_json
@@ -22,7 +21,8 @@ from shardtool.dtypes import DType
 from shardtool.errors import FormatError, UsageError
 from shardtool.mosaic import Logical
 from shardtool.parallel import Parallel
-from shardtool.recipe import SLOT, Recipe, filled
+from shardtool.recipe import Recipe
+from shardtool.recipe_json import table_of, text_of
 
 KEY = "shardtool.json"
 PRIVATE = ".shardtool/"
@@ -76,7 +76,7 @@ class FileRecord:
         """The record that JSON values say. Raises the built-in errors of wrong shapes."""
         tensors = tuple(
             TensorRecord(
-                _text(t["name"]), digest.TensorDigest(_hex(t["blake3"], 64), tuple(_hex(c, 32) for c in t["chunks"]))
+                text_of(t["name"]), digest.TensorDigest(_hex(t["blake3"], 64), tuple(_hex(c, 32) for c in t["chunks"]))
             )
             for t in value["tensors"]
         )
@@ -216,24 +216,24 @@ def _from_json(table: Mapping[str, Any], where: str) -> Manifest:
     if table["chunk"] != digest.CHUNK:
         raise ValueError(f"chunks of {table['chunk']} bytes are not supported")
     return Manifest(
-        written_by=_text(table["written_by"]),
-        layout=_table(table["layout"]),
-        parallel=parallel.from_json(_table(table["parallel"])),
+        written_by=text_of(table["written_by"]),
+        layout=table_of(table["layout"]),
+        parallel=parallel.from_json(table_of(table["parallel"])),
         dtype=DType[table["dtype"]],
-        pattern=_text(table["pattern"]),
+        pattern=text_of(table["pattern"]),
         max_part_size=_size(table["max_part_size"]),
-        config=_text(table["config"]),
-        amendments=_table(table["amendments"]),
-        sample=_text(source["sample"]),
+        config=text_of(table["config"]),
+        amendments=table_of(table["amendments"]),
+        sample=text_of(source["sample"]),
         inventory=inventory.unpack(source["tensors"]),
-        dropped=tuple(Dropped(_text(d["name"]), _text(d["reason"]), bool(d["kept"])) for d in source["dropped"]),
-        copies={_text(copy): _text(of) for copy, of in _table(source["copies"]).items()},
+        dropped=tuple(Dropped(text_of(d["name"]), text_of(d["reason"]), bool(d["kept"])) for d in source["dropped"]),
+        copies={text_of(copy): text_of(of) for copy, of in table_of(source["copies"]).items()},
         recipe=recipe_json.from_json(table["recipe"], where),
         side_files=tuple(
             SideFile(_key(s["key"]), _size(s["size"]), _hex(s["blake3"], 64)) for s in table["side_files"]
         ),
         files=tuple(FileRecord.from_json(f) for f in table["files"]),
-        format=_text(table["format"]),
+        format=text_of(table["format"]),
     )
 
 
@@ -255,15 +255,7 @@ def _check(made: Manifest) -> None:
         raise ValueError("two files have the same name")
     if any(record.rank is not None and record.rank >= ranks for record in made.files):
         raise ValueError(f"a file belongs to a rank beyond the {ranks} that there are")
-    for rule in made.recipe.rules:
-        if any(share.ranks and max(share.ranks) >= ranks for share in rule.shares):
-            raise ValueError(f"{rule.name!r} has a rank beyond the {ranks} that there are")
-        for name, windows in rule.sources().items():
-            end = max(window.bounds[1] for window in windows)
-            for i in (rule.index or (None,)) if SLOT in name else (None,):
-                logical = made.inventory.get(filled(name, i))
-                if logical is not None and end > prod(logical.shape):
-                    raise ValueError(f"{rule.name!r} takes elements of {name!r} that are beyond its last")
+    inventory.check(made.recipe, ranks, made.inventory, complete=False)
 
 
 def _canonical(value: Any) -> bytes:
@@ -271,18 +263,6 @@ def _canonical(value: Any) -> bytes:
 
 
 _HEX = re.compile(r"[0-9a-f]+")
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is not a text")
-    return value
-
-
-def _table(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise TypeError(f"{value!r} is not a table")
-    return value
 
 
 def _size(value: Any) -> int:

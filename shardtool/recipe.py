@@ -15,7 +15,7 @@ down, ``fold`` makes it from every rank's tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from shardtool.dtypes import DType
@@ -81,6 +81,14 @@ class Rule:
         for i in self.index:
             yield self.name.replace(SLOT, str(i)), i
 
+    def filled(self, names: Iterable[str]) -> Iterator[str]:
+        """The names that some of this rule's stand for: one with the slot, one for each number."""
+        for name in names:
+            if SLOT in name and self.index:
+                yield from (name.replace(SLOT, str(i)) for i in self.index)
+            else:
+                yield name
+
     def sources(self) -> dict[str, list[Window]]:
         """The windows that this rule takes of each source as it is (names still with the slot ``{i}``)."""
         found: dict[str, list[Window]] = {}
@@ -100,17 +108,13 @@ class Rule:
 
 def used(recipe: Recipe) -> set[str]:
     """The source tensors of which pieces take elements."""
-    return {filled(name, i) for rule in recipe.rules for name in rule.sources() for i in rule.index or (None,)}
+    return {name for rule in recipe.rules for name in rule.filled(rule.sources())}
 
 
 def used_by_programs(recipe: Recipe) -> set[str]:
     """The source tensors that programs take."""
     return {
-        filled(name, i)
-        for rule in recipe.rules
-        for program in rule.programs()
-        for name in program.sources()
-        for i in rule.index or (None,)
+        name for rule in recipe.rules for program in rule.programs() for name in rule.filled(set(program.sources()))
     }
 
 
@@ -118,11 +122,10 @@ def held_as(recipe: Recipe) -> dict[str, DType]:
     """The dtype in which a recipe holds each source tensor: the widest, where it is held in several."""
     found: dict[str, DType] = {}
     for rule in recipe.rules:
-        for name in rule.sources():
-            for i in rule.index or (None,):
-                before = found.get(filled(name, i))
-                if before is None or before.bits < rule.dtype.bits:
-                    found[filled(name, i)] = rule.dtype
+        for name in rule.filled(rule.sources()):
+            before = found.get(name)
+            if before is None or before.bits < rule.dtype.bits:
+                found[name] = rule.dtype
     return found
 
 

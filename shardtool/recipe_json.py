@@ -143,6 +143,20 @@ def _cited(pieces: Any) -> Iterator[tuple[str, Any]]:
             yield of, piece.get("e")
 
 
+def text_of(value: Any) -> str:
+    """A text."""
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.80} is not a text")
+    return value
+
+
+def table_of(value: Any) -> dict[str, Any]:
+    """A table of values by name."""
+    if not isinstance(value, dict):
+        raise TypeError(f"{value!r:.80} is not a table")
+    return value
+
+
 def sizes(values: Any) -> tuple[int, ...]:
     """A shape, or what goes with one: no tensor has so many dimensions or elements that it could not be stored."""
     if (

@@ -18,7 +18,7 @@ from shardtool.engine import execute
 from shardtool.errors import BudgetTooSmall, FormatError, PlanError, ShardtoolError, Unavailable
 from shardtool.plan import Piece, Tensor, whole
 from shardtool.schedule import Step, Target, Tile, least, steps
-from shardtool.stores.base import Object, Store, Writer
+from shardtool.stores.base import Store, Wrapper
 from shardtool.stores.memory import MemoryStore
 from shardtool.testing import CountingStore, FaultyStore, Flip, Raise, Truncate
 from shardtool.window import row_major
@@ -168,34 +168,17 @@ def test_the_reads_of_a_serial_step_take_turns():
     assert bytes(world.ranks[0][11:]) == world.wanted(group[0])
 
 
-class Watched(Store):
+class Watched(Wrapper):
     """A store in which something happens at each read."""
 
     def __init__(self, inner: Store, happens: Callable[[], object]) -> None:
-        self.inner = inner
-        self.uri = inner.uri
+        super().__init__(inner)
         self.happens = happens
 
     def readinto(self, key: str, start: int, view: memoryview) -> None:
         """Read when it has happened."""
         self.happens()
         self.inner.readinto(key, start, view)
-
-    def list(self, prefix: str = "") -> Iterator[Object]:
-        """Pass on."""
-        return self.inner.list(prefix)
-
-    def stat(self, key: str) -> Object:
-        """Pass on."""
-        return self.inner.stat(key)
-
-    def create(self, key: str, size: int, *, exclusive: bool = False) -> Writer:
-        """Pass on."""
-        return self.inner.create(key, size, exclusive=exclusive)
-
-    def delete(self, key: str) -> None:
-        """Pass on."""
-        self.inner.delete(key)
 
 
 # Memory.

@@ -12,9 +12,8 @@ specifies it::
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
 from shardtool import inventory, parallel, recipe_json
@@ -23,7 +22,8 @@ from shardtool.errors import FormatError, PlanError
 from shardtool.layouts.base import Model, Outline, Parallel
 from shardtool.manifest import Manifest
 from shardtool.mosaic import Logical
-from shardtool.recipe import SLOT, Recipe, Rule, filled, used, used_by_programs
+from shardtool.recipe import Recipe, Rule, used, used_by_programs
+from shardtool.recipe_json import table_of, text_of
 
 FORMAT = "shardtool-layout/1"
 KIND = "traced"
@@ -165,9 +165,9 @@ def of_manifest(made: Manifest, where: str) -> FileLayout:
     dropped = {found.name: found.reason for found in made.dropped}
     try:
         return FileLayout(
-            _text(record["engine"]),
-            _text(record["engine_version"]),
-            _text(record["class"]),
+            text_of(record["engine"]),
+            text_of(record["engine_version"]),
+            text_of(record["class"]),
             made.dtype,
             made.inventory,
             (Traced(made.parallel, made.recipe, dropped, made.copies, made.amendments),),
@@ -222,9 +222,9 @@ def decode(data: bytes, where: str) -> FileLayout:
         raise FormatError(f"{where} has the format {said!r:.80}; this version of shardtool reads {FORMAT!r}")
     try:
         layout = FileLayout(
-            _text(table["engine"]),
-            _text(table["engine_version"]),
-            _text(table["class"]),
+            text_of(table["engine"]),
+            text_of(table["engine_version"]),
+            text_of(table["class"]),
             DType[table["dtype"]],
             inventory.unpack(table["tensors"]),
             tuple(_traced(entry, where) for entry in table["layouts"]),
@@ -240,22 +240,22 @@ def decode(data: bytes, where: str) -> FileLayout:
 
 def _backend(table: Mapping[str, Any]) -> str | None:
     """The MoE backend for which the shapes are, where one was named."""
-    return _text(table["moe_backend"]) if "moe_backend" in table else None
+    return text_of(table["moe_backend"]) if "moe_backend" in table else None
 
 
 def _traced(entry: Mapping[str, Any], where: str) -> Traced:
     tied = entry.get("tied")
     if tied is not None:
         head, embedding = tied
-        tied = _text(head), _text(embedding)
+        tied = text_of(head), text_of(embedding)
     return Traced(
-        parallel.from_json(_table(entry["parallel"])),
+        parallel.from_json(table_of(entry["parallel"])),
         recipe_json.from_json(entry["recipe"], where),
         _texts(entry["dropped"]),
         _texts(entry["copies"]),
-        _table(entry["amendments"]),
+        table_of(entry["amendments"]),
         _texts(entry["aliases"]),
-        {_text(name): _count(count) for name, count in _table(entry["uninitialised"]).items()},
+        {text_of(name): _count(count) for name, count in table_of(entry["uninitialised"]).items()},
         bool(entry["untied"]),
         tied,
     )
@@ -267,41 +267,11 @@ def _check(traced: Traced, tensors: Mapping[str, Logical]) -> None:
     names = {rule.name for rule in traced.recipe.rules}
     if traced.tied is not None and not set(traced.tied) <= names:
         raise ValueError(f"{traced.tied} are tied, but are no tensors of the layout")
-    for rule in traced.recipe.rules:
-        if any(share.ranks and max(share.ranks) >= ranks for share in rule.shares):
-            raise ValueError(f"{rule.name!r} has a rank beyond the {ranks} that there are")
-        for name, windows in rule.sources().items():
-            end = max(window.bounds[1] for window in windows)
-            for source in _filled(name, rule.index):
-                if source not in tensors:
-                    raise ValueError(f"{rule.name!r} takes {source!r}, which the checkpoint does not have")
-                if end > prod(tensors[source].shape):
-                    raise ValueError(f"{rule.name!r} takes elements of {source!r} that are beyond its last")
-        for program in rule.programs():
-            for name in program.sources():
-                for source in _filled(name, rule.index):
-                    if source not in tensors:
-                        raise ValueError(f"{rule.name!r} takes {source!r}, which the checkpoint does not have")
-
-
-def _filled(name: str, index: tuple[int, ...]) -> Iterable[str]:
-    return [filled(name, i) for i in index] if SLOT in name and index else [name]
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r:.80} is not a text")
-    return value
-
-
-def _table(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise TypeError(f"{value!r:.80} is not a table")
-    return value
+    inventory.check(traced.recipe, ranks, tensors, complete=True)
 
 
 def _texts(value: Any) -> dict[str, str]:
-    return {_text(key): _text(text) for key, text in _table(value).items()}
+    return {text_of(key): text_of(text) for key, text in table_of(value).items()}
 
 
 def _count(value: Any) -> int:

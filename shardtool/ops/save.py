@@ -230,7 +230,7 @@ def _dropped(source: Source, outline: Outline, keep_all: bool) -> tuple[Dropped,
     """
     found, room = [], KEPT_MOST
     before = {d.name: d.kept for d in source.origin.dropped} if source.origin is not None else {}
-    needed = used_by_programs(outline.recipe) | used(outline.recipe)
+    needed = used_by_programs(outline.recipe) | used(outline.recipe) if outline.dropped else set()
     for name, reason in sorted(outline.dropped.items()):
         tensor = source.catalog.get(name)
         if name in before:

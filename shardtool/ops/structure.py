@@ -16,7 +16,7 @@ from shardtool.manifest import FileRecord, Manifest
 from shardtool.mosaic import Logical, check_target, held_once
 from shardtool.ops.source import digest_of
 from shardtool.plan import Stored, Tensor
-from shardtool.recipe import SLOT, Recipe, filled
+from shardtool.recipe import Recipe
 from shardtool.stores.base import Store
 from shardtool.window import Window
 
@@ -175,8 +175,8 @@ def _windows(recipe: Recipe) -> dict[str, tuple[tuple[Window, ...], ...]]:
     for rule in recipe.rules:
         for name, windows in rule.sources().items():
             shared = tuple(windows)
-            for i in (rule.index or (None,)) if SLOT in name else (None,):
-                found[filled(name, i)] = (*found.get(filled(name, i), ()), shared)
+            for one in rule.filled((name,)):
+                found[one] = (*found.get(one, ()), shared)
     return found
 
 

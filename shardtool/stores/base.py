@@ -253,3 +253,43 @@ def target(start: int, view: memoryview) -> memoryview:
     if view.readonly:
         raise UsageError("the memory to read into is read-only: give a writable view")
     return octets(view)
+
+
+class Wrapper(Store):
+    """A store over another, which passes everything on. Middleware overrides what it is about."""
+
+    def __init__(self, inner: Store) -> None:
+        self.inner = inner
+        self.uri = inner.uri
+
+    def list(self, prefix: str = "") -> Iterator[Object]:
+        """Pass on."""
+        return self.inner.list(prefix)
+
+    def stat(self, key: str) -> Object:
+        """Pass on."""
+        return self.inner.stat(key)
+
+    def readinto(self, key: str, start: int, view: memoryview) -> None:
+        """Pass on."""
+        self.inner.readinto(key, start, view)
+
+    def create(self, key: str, size: int, *, exclusive: bool = False) -> Writer:
+        """Pass on."""
+        return self.inner.create(key, size, exclusive=exclusive)
+
+    def delete(self, key: str) -> None:
+        """Pass on."""
+        self.inner.delete(key)
+
+    def unit(self, size: int) -> int:
+        """Pass on."""
+        return self.inner.unit(size)
+
+    def held(self, size: int) -> int:
+        """Pass on."""
+        return self.inner.held(size)
+
+    def close(self) -> None:
+        """Close the inner store."""
+        self.inner.close()

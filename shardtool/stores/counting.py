@@ -9,10 +9,10 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 
-from shardtool.stores.base import Buffer, Object, Store, Writer
+from shardtool.stores.base import Buffer, Object, Store, Wrapper, Writer
 
 
-class CountingStore(Store):
+class CountingStore(Wrapper):
     """A store that counts what is asked of another.
 
     ``calls`` counts calls by operation (``list``, ``stat``, ``readinto``, ``create``, ``write``, ``commit``, ``abort``,
@@ -21,8 +21,7 @@ class CountingStore(Store):
     """
 
     def __init__(self, inner: Store) -> None:
-        self.inner = inner
-        self.uri = inner.uri
+        super().__init__(inner)
         self._lock = threading.Lock()
         self.reset()
 
@@ -73,18 +72,6 @@ class CountingStore(Store):
         """Count and pass on."""
         self._count("delete")
         self.inner.delete(key)
-
-    def unit(self, size: int) -> int:
-        """Pass on."""
-        return self.inner.unit(size)
-
-    def held(self, size: int) -> int:
-        """Pass on."""
-        return self.inner.held(size)
-
-    def close(self) -> None:
-        """Close the inner store."""
-        self.inner.close()
 
     def _count(self, operation: str, written: int = 0) -> None:
         with self._lock:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from shardtool.errors import FormatError, UsageError
-from shardtool.stores.base import Buffer, Object, Store, Writer, octets
+from shardtool.stores.base import Buffer, Object, Store, Wrapper, Writer, octets
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ Fault = Raise | Truncate | Flip
 Script = Mapping[tuple[str, int], Fault] | Callable[[Call], Fault | None]
 
 
-class FaultyStore(Store):
+class FaultyStore(Wrapper):
     """A store that fails as a script says: a mapping of ``(operation, number)``, or a function of the call.
 
     The operations are those of ``CountingStore``. ``Raise`` can happen to each, ``Truncate`` to ``readinto``, ``stat``
@@ -62,8 +62,7 @@ class FaultyStore(Store):
     """
 
     def __init__(self, inner: Store, script: Script) -> None:
-        self.inner = inner
-        self.uri = inner.uri
+        super().__init__(inner)
         self.calls: list[Call] = []
         self._script = script
         self._numbers: Counter[str] = Counter()
@@ -111,18 +110,6 @@ class FaultyStore(Store):
         fault = self._fault("delete", key)
         self.inner.delete(key)
         _raise_after(fault)
-
-    def unit(self, size: int) -> int:
-        """Pass on."""
-        return self.inner.unit(size)
-
-    def held(self, size: int) -> int:
-        """Pass on."""
-        return self.inner.held(size)
-
-    def close(self) -> None:
-        """Close the inner store."""
-        self.inner.close()
 
     def _fault(self, operation: str, key: str, offset: int = 0, size: int = 0) -> Fault | None:
         """What is to happen to this call; raises what is to be raised instead of it."""
