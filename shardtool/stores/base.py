@@ -20,6 +20,7 @@ Laws (``shardtool.testing.StoreContract`` checks them for every store):
 
 from __future__ import annotations
 
+import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -140,6 +141,8 @@ class Store(ABC):
     """Objects under one URI."""
 
     uri: str
+    remote: bool = True
+    """Whether bytes come over a network, so that ranks which want the same ones had better read them once."""
 
     @abstractmethod
     def list(self, prefix: str = "") -> Iterator[Object]:
@@ -161,12 +164,23 @@ class Store(ABC):
     def delete(self, key: str) -> None:
         """Remove an object; one that is not there is not an error."""
 
+    def borrow(self, key: str) -> mmap.mmap:
+        """The object as memory, nothing of which is copied. Raises ``UsageError`` where there is no such thing.
+
+        Whoever writes into it writes into copies of its pages.
+        """
+        raise UsageError(f"{self.locate(key)} cannot be borrowed: only files of this machine can; leave borrow out")
+
     def unit(self, size: int) -> int:
         """The ``Writer.unit`` of an object of ``size`` bytes, to plan memory before anything is created."""
         return 0
 
     def held(self, size: int) -> int:
         """Bytes of memory that the ``Writer`` of an object of ``size`` bytes takes for itself, to plan memory too."""
+        return 0
+
+    def reading(self, threads: int) -> int:
+        """Bytes of memory that ``readinto`` takes for itself while so many threads are in it, to plan memory too."""
         return 0
 
     @contextmanager
@@ -261,6 +275,7 @@ class Wrapper(Store):
     def __init__(self, inner: Store) -> None:
         self.inner = inner
         self.uri = inner.uri
+        self.remote = inner.remote
 
     def list(self, prefix: str = "") -> Iterator[Object]:
         """Pass on."""
@@ -282,6 +297,10 @@ class Wrapper(Store):
         """Pass on."""
         self.inner.delete(key)
 
+    def borrow(self, key: str) -> mmap.mmap:
+        """Pass on."""
+        return self.inner.borrow(key)
+
     def unit(self, size: int) -> int:
         """Pass on."""
         return self.inner.unit(size)
@@ -289,6 +308,10 @@ class Wrapper(Store):
     def held(self, size: int) -> int:
         """Pass on."""
         return self.inner.held(size)
+
+    def reading(self, threads: int) -> int:
+        """Pass on."""
+        return self.inner.reading(threads)
 
     def close(self) -> None:
         """Close the inner store."""

@@ -3,11 +3,11 @@
 ::
 
     create ── sweep once ── <root>/.shardtool/tmp/<random>.tmp, locked and with its space reserved
-                 write* ──> pwrite
+                 write* ──> pwrite; past the page cache if the file is large and the disk local (Output)
                 commit  ──> fsync ── rename over the key | link to it if exclusive ── fsync of the folder
                  abort  ──> unlink
 
-    readinto ── a file opened before, if it is still the one at that path ── preadv straight into the view
+    readinto ── a file opened before, if it is still the one at that path ── straight into the view (Reader)
 
 A temporary file is locked (``flock``) by the process that writes it, and the lock goes when the process does, however
 it ends. So what a killed process left behind is told from what another one is writing at this moment.
@@ -16,25 +16,28 @@ it ends. So what a killed process left behind is told from what another one is w
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import secrets
 import stat
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 from shardtool.errors import AccessDenied, AlreadyExists, FormatError, NotFound, ShardtoolError, StoreError, UsageError
 from shardtool.stores.base import CheckedWriter, Object, Store, check_key, is_key, target
+from shardtool.stores.direct import BUFFER, MOST_AT_ONCE, Buffers, Output, Reader
+from shardtool.stores.files import DISKS, OpenFiles, expect_file, kind_of
+from shardtool.stores.residency import LIBRARY
 
 _PRIVATE = ".shardtool"
 _TEMPORARY = ".shardtool/tmp"
 
-# One system call moves at most 2 GiB on Linux, and more is an error on macOS.
-_MOST_AT_ONCE = 1 << 30
+# Bytes from which on a file is written past the page cache.
+_LARGE_FILE = 4 << 20
 
 # How often a folder is made again that somebody else removes, as empty, before it is used.
 _TRIES = 20
@@ -51,12 +54,22 @@ _writing: set[str] = set()
 
 
 class LocalStore(Store):
-    """The files below a folder, which is made when something is created in it; up to ``open_files`` stay open."""
+    """The files below a folder, which is made when something is created in it; up to ``open_files`` stay open.
 
-    def __init__(self, root: str | os.PathLike[str], *, open_files: int = 64) -> None:
+    What is not in the page cache of a local disk is read past it (O_DIRECT), and large files are written past it. With
+    ``direct`` False nothing is, and with True everything, whatever its size, where the file system takes it. No copy
+    is made where the address of the memory and the offset in the file leave the same rest modulo 4096.
+    """
+
+    remote = False
+
+    def __init__(self, root: str | os.PathLike[str], *, open_files: int = 64, direct: bool | None = None) -> None:
         self.uri = os.fspath(root)
         self._root = os.path.abspath(self.uri)
-        self._files = _OpenFiles(open_files)
+        self._files = OpenFiles(open_files)
+        self._direct = direct if hasattr(os, "O_DIRECT") and hasattr(os, "pwritev") else False
+        self._reader = Reader(self._direct)
+        self._buffers = Buffers(BUFFER)
         self._sweeping = threading.Lock()
         self._swept = False
         self._begun: set[str] = set()  # names of temporary files that are neither published nor dropped
@@ -73,7 +86,7 @@ class LocalStore(Store):
         path = self._path(key)
         with self._explained(key):
             info = os.stat(path)
-            _expect_file(path, info)
+            expect_file(path, info)
         return Object(key, info.st_size, str(info.st_mtime_ns))
 
     def readinto(self, key: str, start: int, view: memoryview) -> None:
@@ -82,20 +95,45 @@ class LocalStore(Store):
         path = self._path(key)
         if not memory:
             return
-        with self._explained(key), self._files.lend(path) as fd:
-            done = 0
-            while done < len(memory):
-                count = _read_at(fd, memory[done : done + _MOST_AT_ONCE], start + done)
-                if not count:
-                    end = start + len(memory)
-                    raise FormatError(f"{self.locate(key)} ends at byte {os.fstat(fd).st_size}, before byte {end}")
-                done += count
+        try:
+            file = self._files.borrow(path)
+            try:
+                if self._reader.fill(file, start, memory) < len(memory):
+                    size, end = os.fstat(file.fd).st_size, start + len(memory)
+                    raise FormatError(f"{self.locate(key)} ends at byte {size}, before byte {end}")
+            finally:
+                self._files.give_back(file)
+        except OSError as error:
+            raise self._explain(error, key) from error
+
+    def borrow(self, key: str) -> mmap.mmap:
+        """The file mapped, privately. Where it is cut short later, looking at what is gone ends the process."""
+        path = self._path(key)
+        try:
+            file = self._files.borrow(path)
+            try:
+                size = os.fstat(file.fd).st_size
+                return mmap.mmap(file.fd, size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+            finally:
+                self._files.give_back(file)
+        except OSError as error:
+            raise self._explain(error, key) from error
+        except ValueError:
+            raise FormatError(f"{self.locate(key)} is empty, so that there is nothing to borrow") from None
 
     def create(self, key: str, size: int, *, exclusive: bool = False) -> _LocalWriter:
         """Begin a file of exactly ``size`` bytes. Its space is reserved, so a full disk shows here where it can."""
         path = self._path(key)
         self._expect_inside(key)
         return _LocalWriter(self, key, path, size, exclusive=exclusive)
+
+    def held(self, size: int) -> int:
+        """The buffer in which a file that is written past the page cache gathers what is small."""
+        return BUFFER if self._past_the_cache(size) else 0
+
+    def reading(self, threads: int) -> int:
+        """A few spare pages for each, into which goes what is read beside a view."""
+        return self._reader.takes(threads)
 
     def place(self) -> str:
         """The folder's real path."""
@@ -123,9 +161,15 @@ class LocalStore(Store):
         An interrupt can come between the making of a file and whoever would abort it. The store can still be used.
         """
         self._files.close()
+        self._reader.close()
+        self._buffers.clear()
         for name in list(self._begun):
             self._forget(name)
         self._tidy()
+
+    def _past_the_cache(self, size: int) -> bool:
+        """Whether a file of ``size`` bytes is written past the page cache, if its file system takes that."""
+        return self._direct is not False and size >= (1 if self._direct else _LARGE_FILE)
 
     def _path(self, key: str) -> str:
         check_key(key)
@@ -149,9 +193,12 @@ class LocalStore(Store):
         try:
             yield
         except OSError as error:
-            if not writing and error.errno in _NO_SUCH_THING:
-                self._expect_root()
-            raise _translated(error, self.locate(key), writing=writing) from error
+            raise self._explain(error, key, writing=writing) from error
+
+    def _explain(self, error: OSError, key: str, *, writing: bool = False) -> ShardtoolError:
+        if not writing and error.errno in _NO_SUCH_THING:
+            self._expect_root()
+        return _translated(error, self.locate(key), writing=writing)
 
     def _temporary(self) -> tuple[int, str]:
         """Open a new temporary file and lock it."""
@@ -207,8 +254,13 @@ class _LocalWriter(CheckedWriter):
         self._exclusive = exclusive
         with self._explained():
             self._fd, self._temporary = store._temporary()
+            self._buffer: memoryview | None = None
+            self._output: Output | None = None
             try:
                 _reserve(self._fd, size)
+                if store._past_the_cache(size) and (store._direct or kind_of(self._fd) in DISKS):
+                    self._buffer = store._buffers.take()
+                    self._output = Output(self._fd, self._buffer)
             except BaseException:
                 self._abort()
                 raise
@@ -219,11 +271,16 @@ class _LocalWriter(CheckedWriter):
     def _write(self, data: memoryview) -> None:
         done = 0
         with self._explained():
+            if self._output:
+                self._output.write(data)
+                return
             while done < len(data):
-                done += os.pwrite(self._fd, data[done : done + _MOST_AT_ONCE], self._written + done)
+                done += os.pwrite(self._fd, data[done : done + MOST_AT_ONCE], self._written + done)
 
     def _commit(self) -> None:
         with self._explained():
+            if self._output:
+                self._output.finish()
             _flush(self._fd)
             self._store._expect_inside(self._key)
             for folder in _insistently(self._publish):
@@ -264,74 +321,10 @@ class _LocalWriter(CheckedWriter):
     def _discard(self) -> None:
         self._store._forget(os.path.basename(self._temporary))
         os.close(self._fd)
+        if self._buffer is not None:
+            self._store._buffers.give_back(self._buffer)
+            self._buffer = self._output = None
         self._store._tidy()
-
-
-@dataclass(slots=True)
-class _OpenFile:
-    fd: int
-    identity: tuple[int, int]
-    users: int = 0
-    retired: bool = False
-
-
-class _OpenFiles:
-    """Files kept open for reading, the least recently used closed first; none is closed while somebody reads it."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = max(1, limit)
-        self._files: OrderedDict[str, _OpenFile] = OrderedDict()
-        self._lock = threading.Lock()
-
-    @contextlib.contextmanager
-    def lend(self, path: str) -> Iterator[int]:
-        """A descriptor of the file that is at ``path`` now, even if another one was there before."""
-        info = os.stat(path)
-        _expect_file(path, info)
-        file = self._kept(path, (info.st_dev, info.st_ino)) or self._opened(path)
-        try:
-            yield file.fd
-        finally:
-            with self._lock:
-                file.users -= 1
-                if file.retired and not file.users:
-                    os.close(file.fd)
-
-    def __del__(self) -> None:
-        self.close()  # of a store that nobody closed
-
-    def close(self) -> None:
-        """Close every file as soon as nobody reads it."""
-        with self._lock:
-            while self._files:
-                self._retire(self._files.popitem()[1])
-
-    def _kept(self, path: str, identity: tuple[int, int]) -> _OpenFile | None:
-        with self._lock:
-            file = self._files.get(path)
-            # While a file is open its number is not given to another, so the same number is the same file.
-            if file is None or file.identity != identity:
-                return None
-            file.users += 1
-            self._files.move_to_end(path)
-            return file
-
-    def _opened(self, path: str) -> _OpenFile:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        info = os.fstat(fd)
-        file = _OpenFile(fd, (info.st_dev, info.st_ino), users=1)
-        with self._lock:
-            if path in self._files:
-                self._retire(self._files.pop(path))
-            self._files[path] = file
-            while len(self._files) > self._limit:
-                self._retire(self._files.popitem(last=False)[1])
-        return file
-
-    def _retire(self, file: _OpenFile) -> None:
-        file.retired = True
-        if not file.users:
-            os.close(file.fd)
 
 
 def _walk(folder: str, base: str, prefix: str, above: tuple[str, ...]) -> Iterator[Object]:
@@ -397,27 +390,13 @@ def _insistently(attempt: Callable[[], T | None]) -> T:
     return result
 
 
-def _expect_file(path: str, info: os.stat_result) -> None:
-    if not stat.S_ISREG(info.st_mode):
-        raise FileNotFoundError(errno.ENOENT, "not a file", path)
-
-
-def _read_at(fd: int, memory: memoryview, offset: int) -> int:
-    if hasattr(os, "preadv"):
-        return os.preadv(fd, [memory], offset)
-    data = os.pread(fd, min(len(memory), 1 << 20), offset)
-    memory[: len(data)] = data
-    return len(data)
-
-
 def _reserve(fd: int, size: int) -> None:
     """Take the space on the disk now, where the platform and the file system can."""
-    if size and hasattr(os, "posix_fallocate"):
-        try:
-            os.posix_fallocate(fd, 0, size)
-        except OSError as error:
-            if error.errno not in _NOT_SUPPORTED:
-                raise
+    # Not os.posix_fallocate, which writes to every block where the file system cannot reserve.
+    if size and LIBRARY and LIBRARY.fallocate(fd, 0, 0, size):
+        code = ctypes.get_errno()
+        if code not in _NOT_SUPPORTED:
+            raise OSError(code, os.strerror(code))
 
 
 def _flush(fd: int) -> None:

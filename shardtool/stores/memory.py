@@ -16,6 +16,8 @@ from shardtool.stores.base import CheckedWriter, Object, Store, check_key, targe
 class MemoryStore(Store):
     """Objects in the memory of this process; ``unit`` is that of its writers."""
 
+    remote = False
+
     def __init__(self, uri: str = "memory://", *, unit: int = 0) -> None:
         self.uri = uri
         self._unit = unit

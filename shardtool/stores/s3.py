@@ -19,7 +19,7 @@ import random
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -41,6 +41,27 @@ _WRITER = "shardtool-writer"  # metadata by which a writer knows its own object 
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How a server is reached, as far as boto3's settings shall not decide. Empty: they do.
+
+    ``unsigned``: ask as nobody, for buckets that are open to all. ``addressing``: ``path`` or ``virtual``, where the
+    bucket's name goes.
+    """
+
+    access_key_id: str | None = None
+    secret_access_key: str | None = field(default=None, repr=False)
+    session_token: str | None = field(default=None, repr=False)
+    region: str | None = None
+    endpoint: str | None = None
+    unsigned: bool = False
+    addressing: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.access_key_id is None) != (self.secret_access_key is None):
+            raise UsageError("the id of an access key and its secret belong together: give both or none")
+
+
 class S3Store(Store):
     """The objects below ``s3://bucket/prefix``.
 
@@ -48,7 +69,7 @@ class S3Store(Store):
     seconds and are random, so that many readers do not come back at once. Each try may be up to three of botocore's.
     """
 
-    def __init__(self, uri: str, *, attempts: int = 5, backoff: float = 0.5) -> None:
+    def __init__(self, uri: str, *, attempts: int = 5, backoff: float = 0.5, access: Access | None = None) -> None:
         bucket, _, prefix = uri.partition("://")[2].partition("/")
         prefix = prefix.strip("/")
         if not uri.startswith("s3://") or not bucket:
@@ -58,7 +79,7 @@ class S3Store(Store):
         self._prefix = f"{check_key(prefix)}/" if prefix else ""
         self._attempts = max(1, attempts)
         self._backoff = backoff
-        self._client = _client(self.uri, attempts=min(3, self._attempts))
+        self._client = _client(self.uri, attempts=min(3, self._attempts), access=access or Access())
 
     def list(self, prefix: str = "") -> Iterator[Object]:
         """The objects whose key starts with ``prefix``, asked for in pages; markers of empty folders are hidden."""
@@ -332,7 +353,7 @@ def _models(path: str | None) -> Any:
     return create_loader(path)
 
 
-def _client(where: str, *, attempts: int) -> Any:
+def _client(where: str, *, attempts: int, access: Access) -> Any:
     """A client for many threads, as boto3's settings want it, but for what servers other than Amazon's stumble on."""
     try:
         import boto3.session
@@ -343,8 +364,11 @@ def _client(where: str, *, attempts: int) -> Any:
         raise UsageError(f"{where} needs boto3: pip install boto3") from error
 
     def made(**settings: Any) -> Any:
+        if access.unsigned:
+            settings["signature_version"] = botocore.UNSIGNED
         return session.client(
             "s3",
+            endpoint_url=access.endpoint,
             config=Config(
                 request_checksum_calculation="when_required",
                 response_checksum_validation="when_required",
@@ -360,7 +384,15 @@ def _client(where: str, *, attempts: int) -> Any:
     try:
         core = botocore.session.Session()
         core.register_component("data_loader", _models(core.get_config_variable("data_path")))
-        session = boto3.session.Session(botocore_session=core)
+        session = boto3.session.Session(
+            access.access_key_id,
+            access.secret_access_key,
+            access.session_token,
+            region_name=access.region,
+            botocore_session=core,
+        )
+        if access.addressing:
+            return made(s3={"addressing_style": access.addressing})
         client = made()
         # A name such as bucket.localhost rarely resolves, so other servers find the bucket in the path.
         host = urlsplit(client.meta.endpoint_url).hostname or ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import random
@@ -22,7 +23,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from shardtool.errors import AccessDenied, AlreadyExists, NotFound, ShardtoolError, StoreError, UsageError
+from shardtool.stores import local
 from shardtool.stores.base import Object, Store, Writer
+from shardtool.stores.files import Kind, kind_of
 from shardtool.stores.local import LocalStore
 from shardtool.stores.memory import MemoryStore
 from shardtool.testing import StoreContract
@@ -325,7 +328,7 @@ def test_a_full_disk_shows_at_once_and_leaves_nothing(small_disk: Path) -> None:
 
 def test_a_disk_that_fills_up_while_writing_leaves_nothing(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What happens where space cannot be reserved, as on macOS."""
-    monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    monkeypatch.setattr(local, "LIBRARY", None)
     writer = LocalStore(small_disk).create("model.bin", 8 << 20)
     with pytest.raises(StoreError, match="no space left"):
         writer.write(0, bytes(8 << 20))
@@ -336,12 +339,24 @@ def test_a_disk_that_fills_up_while_writing_leaves_nothing(small_disk: Path, mon
 
 
 def test_a_file_system_that_reserves_nothing_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+    class Refusing:
+        def fallocate(self, *_: int) -> int:
+            ctypes.set_errno(errno.EOPNOTSUPP)
+            return -1
 
-    monkeypatch.setattr(os, "posix_fallocate", refuse, raising=False)
+    monkeypatch.setattr(local, "LIBRARY", Refusing())
     LocalStore(tmp_path).put("a", b"x")
     assert files(tmp_path) == ["a"]
+
+
+def test_space_is_reserved_where_the_file_system_can(tmp_path: Path) -> None:
+    writer = LocalStore(tmp_path).create("model.bin", 3 << 20)
+    (temporary,) = (tmp_path / ".shardtool" / "tmp").iterdir()
+    info = temporary.stat()
+    with open(temporary, "rb") as file:
+        can = kind_of(file.fileno()) is not Kind.OTHER
+    writer.abort()
+    assert (info.st_size, info.st_blocks * 512 >= 3 << 20) == ((3 << 20, True) if can else (0, False))
 
 
 def test_a_file_size_limit_is_a_lack_of_space(tmp_path: Path) -> None:

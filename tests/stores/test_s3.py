@@ -11,7 +11,7 @@ import pytest
 
 from shardtool.errors import AccessDenied, AlreadyExists, FormatError, NotFound, StoreError, Unavailable, UsageError
 from shardtool.stores.base import Store
-from shardtool.stores.s3 import S3Store
+from shardtool.stores.s3 import Access, S3Store
 from shardtool.testing import StoreContract, write
 from tests.servers import Proxy, S3Server, Trouble
 
@@ -409,3 +409,48 @@ def test_memory_goes_to_the_server_and_comes_from_it_without_a_copy(store: S3Sto
         tracemalloc.stop()
     assert room == data
     assert peak < 6 * MIB
+
+
+# How a server is reached.
+
+
+@pytest.fixture
+def nowhere(bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A bucket with an object, of which boto3's environment says nothing."""
+    s3_server.client.put_object(Bucket=bucket, Key="a", Body=b"x")
+    for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(variable)
+    return f"s3://{bucket}"
+
+
+def test_what_is_said_wins_over_the_settings_of_boto3(nowhere, s3_server):
+    access = Access("test-key", "test-secret", region="us-east-1", endpoint=s3_server.endpoint)
+    with S3Store(nowhere, access=access) as store:
+        assert store.get("a", limit=1) == b"x"
+    assert "test-secret" not in repr(access)
+
+
+def test_what_is_open_to_all_is_read_as_nobody(nowhere, s3_server):
+    endpoint = s3_server.endpoint
+    with (
+        S3Store(nowhere, access=Access(endpoint=endpoint, region="us-east-1")) as store,
+        pytest.raises(AccessDenied, match="no credentials"),
+    ):
+        store.stat("a")
+    with S3Store(nowhere, access=Access(endpoint=endpoint, region="us-east-1", unsigned=True)) as store:
+        with pytest.raises(AccessDenied, match="the server says 403"):
+            store.stat("a")
+        s3_server.client.put_object_acl(Bucket=nowhere.partition("://")[2], Key="a", ACL="public-read")
+        assert store.get("a", limit=1) == b"x"
+
+
+@pytest.mark.parametrize(("addressing", "where"), [(None, "path"), ("path", "path"), ("virtual", "virtual")])
+def test_the_bucket_goes_where_it_is_said(addressing, where):
+    with S3Store("s3://bucket/x", access=Access(endpoint="http://127.0.0.1:9", addressing=addressing)) as store:
+        assert store._client.meta.config.s3["addressing_style"] == where
+
+
+@pytest.mark.parametrize("half", [{"access_key_id": "test-key"}, {"secret_access_key": "test-secret"}])
+def test_half_of_the_credentials_is_refused(half):
+    with pytest.raises(UsageError, match="belong together"):
+        Access(**half)
