@@ -40,38 +40,41 @@ class DType(Enum):
     I64 = (20, 64, "<i8", "int64")
     U64 = (21, 64, "<u8", "uint64")
 
+    def __init__(self, order: int, bits: int, code: str | None, torch_name: str | None) -> None:
+        self._order = order
+        self._bits = bits
+        self._itemsize = 0 if bits % 8 else bits // 8
+        self._code = code
+        self._torch_name = torch_name
+
     @property
     def order(self) -> int:
         """The place in safetensors' order; wider types come later."""
-        order: int = self.value[0]
-        return order
+        return self._order
 
     @property
     def bits(self) -> int:
         """Bits of one element."""
-        bits: int = self.value[1]
-        return bits
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one element; refused for types narrower than a byte, which have no address of their own."""
-        if self.bits % 8:
-            raise UsageError(f"elements of {self.name} are narrower than a byte and cannot be cut")
-        return self.bits // 8
-
-    @property
-    def numpy(self) -> str:
-        """The numpy type whose elements carry the same bits (bfloat16 travels as unsigned integers)."""
-        code: str | None = self.value[2]
-        if code is None:
-            raise UsageError(f"elements of {self.name} are narrower than a byte and cannot be cut")
-        return code
+        return self._bits
 
     @property
     def torch_name(self) -> str | None:
         """The attribute of ``torch`` that names this type, or None."""
-        name: str | None = self.value[3]
-        return name
+        return self._torch_name
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element; refused for types narrower than a byte, which have no address of their own."""
+        if not self._itemsize:
+            raise UsageError(f"elements of {self.name} are narrower than a byte and cannot be cut")
+        return self._itemsize
+
+    @property
+    def numpy(self) -> str:
+        """The numpy type whose elements carry the same bits (bfloat16 travels as unsigned integers)."""
+        if self._code is None:
+            raise UsageError(f"elements of {self.name} are narrower than a byte and cannot be cut")
+        return self._code
 
     def nbytes(self, count: int) -> int:
         """Bytes of ``count`` elements; a count that does not fill whole bytes is a ``FormatError``."""

@@ -13,6 +13,10 @@ A read whose bytes are a tile's bytes goes straight into it and takes no scratch
 step, so that they share reads. A step whose reads cannot all be held at once is *serial*: its reads take turns in
 one scratch buffer. Bands follow each other in the source as in the target, so each source byte is read once; only a
 transposed tensor that does not fit into the limit is read again for each of its bands.
+
+Blocks start on a page. What is large lies as far behind a page in its block as it does in its file: a tile as in the
+file that it goes to if its sink writes from there, else as in the file that it comes from; a read as in its object. So
+stores can move it past the page cache. Where memory is short that is given up first.
 """
 
 from __future__ import annotations
@@ -26,13 +30,16 @@ from typing import Any
 
 from shardtool.dtypes import DType
 from shardtool.errors import BudgetTooSmall, PlanError
+from shardtool.header import PAGE
 from shardtool.plan import Piece, Stored, Tensor
 from shardtool.window import Window, aligned, flat, join, row_major
 
 FLOOR = 64 << 10
 """Bytes below which neither a tile nor a read is made smaller."""
 ALIGN = 64
-"""Tiles and scratch start on multiples of this in a step's block."""
+"""Tiles and scratch start on multiples of this in a step's block, where they do not lie as in a file."""
+LARGE = 4
+"""Floors from which on tiles and reads lie as in a file. Stores copy smaller ones."""
 GAP = 128 << 10
 """Bytes between two runs of one window that are read over rather than skipped."""
 
@@ -42,7 +49,8 @@ class Target:
     """A tensor that some sink wants filled. ``pieces`` cite stored bytes.
 
     ``staging``: bytes of the step's block that the sink needs per byte of tile (0: it lends the memory itself).
-    ``offset``: where the tensor starts in the sink.
+    ``offset``: where the tensor starts in the sink. ``paged``: whether the sink's store writes from the tile's memory,
+    so that tiles shall lie there as they do in the sink's file.
     """
 
     tensor: Tensor
@@ -50,6 +58,7 @@ class Target:
     sink: Any
     offset: int
     staging: int = 1
+    paged: bool = False
 
     def within(self, first: int, count: int) -> Sequence[Piece]:
         """The pieces that may land on elements [first, first + count). Stacked experts have a thousand pieces."""
@@ -162,13 +171,18 @@ def _up(n: int) -> int:
 
 def _whole_cost(group: Sequence[Target]) -> int:
     """About what it takes to do a group in one step: its tiles and as much again for its reads."""
-    return sum(_up(t.tensor.nbytes) * (t.staging + 1) for t in group)
+    pages = 2 * PAGE * sum(_large(t.tensor.nbytes) for t in group)
+    return sum(_up(t.tensor.nbytes) * (t.staging + 1) for t in group) + pages
+
+
+def _large(nbytes: int) -> bool:
+    return nbytes >= LARGE * FLOOR
 
 
 def _batch(batch: list[Sequence[Target]], limit: int, want: int, longest: int, tile: int | None) -> Iterator[Step]:
     ranges = [(t, 0, t.tensor.size) for group in batch for t in group]
     if tile is None or all(t.tensor.nbytes <= tile for t, _, _ in ranges):
-        step = _step(ranges, longest, None)
+        step = _step(ranges, longest)
         if step.cost <= want:
             yield step
             return
@@ -183,22 +197,23 @@ def _batch(batch: list[Sequence[Target]], limit: int, want: int, longest: int, t
 def _bands(group: Sequence[Target], limit: int, want: int, longest: int, tile: int | None) -> Iterator[Step]:
     """The steps of one group that is too big for one."""
     turned = any(_turned(p) for t in group for p in t.pieces)
+    most = limit if turned else want
     if turned and tile is None:
-        step = _step([(t, 0, t.tensor.size) for t in group], longest, None)
+        step = _fitting([(t, 0, t.tensor.size) for t in group], longest, limit)
         if step.cost <= limit:
             yield step
             return
-    shares = sum(t.staging + (not turned) for t in group) or 1
-    size = tile or max(FLOOR, (limit // 2 if turned else want) // shares // ALIGN * ALIGN)
+    size = tile or _share(group, limit // 2 if turned else want, turned)
     done = [0] * len(group)
     while any(n < t.tensor.size for n, t in zip(done, group, strict=True)):
         ranges = [
             (t, n, count) for n, t in zip(done, group, strict=True) if (count := _count(t, n, size, tile is not None))
         ]
-        step = _step(ranges, longest, None)
-        if step.cost > (limit if turned else want):
-            if tile is None and not turned and size > FLOOR:
-                size = max(FLOOR, min(size // 2, size * want // step.cost))
+        smaller = tile is None and not turned and size > FLOOR
+        step = _step(ranges, longest) if smaller else _fitting(ranges, longest, most)
+        if step.cost > most:
+            if smaller:
+                size = max(FLOOR, min(size * 7 // 8, size * want // step.cost) // ALIGN * ALIGN)
                 continue
             scratch = limit - sum(_up(c * t.tensor.dtype.itemsize) * t.staging for t, _, c in ranges)
             if scratch < FLOOR + ALIGN:
@@ -206,10 +221,24 @@ def _bands(group: Sequence[Target], limit: int, want: int, longest: int, tile: i
                 raise BudgetTooSmall(
                     f"tensor {group[0].tensor.name!r} needs {needed} bytes of memory and has {limit}", needed=needed
                 )
-            step = _step(ranges, longest, scratch // ALIGN * ALIGN)
+            step = _step(ranges, longest, scratch=scratch // ALIGN * ALIGN)
         yield step
         for i, t in enumerate(group):
             done[i] += _count(t, done[i], size, tile is not None)
+
+
+def _share(group: Sequence[Target], most: int, turned: bool) -> int:
+    """Bytes of each tile of a group if all of them and their reads shall fit into ``most``."""
+    share = most // (sum(t.staging + (not turned) for t in group) or 1)
+    if _large(share - PAGE):
+        share -= PAGE
+    return max(FLOOR, share // ALIGN * ALIGN)
+
+
+def _fitting(ranges: Sequence[tuple[Target, int, int]], longest: int, most: int) -> Step:
+    """A step of at most ``most`` bytes, if there is one: rather without regard to pages than not at all."""
+    step = _step(ranges, longest)
+    return step if step.cost <= most else _step(ranges, longest, paged=False)
 
 
 def _count(target: Target, done: int, size: int, exact: bool) -> int:
@@ -227,17 +256,19 @@ def _turned(piece: Piece) -> bool:
     return any(a < b for a, b in pairwise(strides))
 
 
-def _step(ranges: Sequence[tuple[Target, int, int]], longest: int, scratch: int | None) -> Step:
-    """One step that fills these (target, first element, count). ``scratch``: bytes in which its reads take turns."""
-    step = Step()
-    place = 0
+def _step(
+    ranges: Sequence[tuple[Target, int, int]], longest: int, *, scratch: int | None = None, paged: bool = True
+) -> Step:
+    """One step that fills these (target, first element, count).
+
+    ``scratch``: bytes in which its reads take turns; pages are of no regard then. ``paged``: whether they are else.
+    """
+    step = Step(serial=scratch is not None)
     wanted: dict[str, list[tuple[int, int, Copy]]] = {}
     for target, first, count in ranges:
         tensor = target.tensor
         item = tensor.dtype.itemsize
-        tile = Tile(target, target.offset + first * item, count * item, place, None)
-        if target.staging:
-            place += _up(tile.nbytes) * target.staging
+        tile = Tile(target, target.offset + first * item, count * item, 0, tensor.fill)
         step.tiles.append(tile)
         filled = 0
         for piece in target.within(first, count):
@@ -252,21 +283,46 @@ def _step(ranges: Sequence[tuple[Target, int, int]], longest: int, scratch: int 
                     wanted.setdefault(stored.key, []).append((start, stored.offset + hi * stored.dtype.itemsize, copy))
         if filled < count and tensor.fill is None:
             raise PlanError(f"tensor {tensor.name!r}: {count - filled} of its elements come from nowhere")
-        tile.fill = tensor.fill
-    serial = scratch is not None
     biggest = min(longest, scratch - ALIGN) if scratch is not None else longest  # less what a read is moved by
     for key, asks in wanted.items():
         step.reads.extend(_reads(key, asks, biggest))
-    need = 0
-    for read in step.reads:
-        if _straight(read):
-            continue
-        lead = read.start % ALIGN  # keeps elements as aligned in memory as they are in the file
-        read.place = place + lead + (0 if serial else need)
-        need = max(need, _up(lead + read.nbytes)) if serial else need + _up(lead + read.nbytes)
-    step.cost = place + need
-    step.serial = serial
+    _place(step, paged=paged and not step.serial)
     return step
+
+
+def _place(step: Step, *, paged: bool) -> None:
+    """Give tiles and reads their places in the step's block, and the block its size."""
+    straight = [_straight(read) for read in step.reads]
+    starts: dict[int, int] = {}  # where a tile would start in the object that fills it
+    for read, one in zip(step.reads, straight, strict=True):
+        if one:
+            (copy,) = read.copies
+            starts.setdefault(id(copy.tile), read.start - copy.dst.offset * copy.dtype.itemsize)
+    end = 0
+    for tile in step.tiles:
+        target = tile.target
+        if not target.staging:
+            continue
+        start = tile.offset if target.paged else starts.get(id(tile), 0)
+        if paged and _large(tile.nbytes) and start % target.tensor.dtype.itemsize == 0:
+            tile.place = _behind(end, start)
+        else:
+            tile.place = _up(end)
+        end = tile.place + _up(tile.nbytes) * target.staging
+    end = scratch = _up(end)
+    for read, one in zip(step.reads, straight, strict=True):
+        if one:
+            continue
+        first = scratch if step.serial else _up(end)
+        # Elements are as aligned in memory as they are in the file.
+        read.place = _behind(first, read.start) if paged and _large(read.nbytes) else first + read.start % ALIGN
+        end = max(end, _up(read.place + read.nbytes))
+    step.cost = end
+
+
+def _behind(place: int, start: int) -> int:
+    """The first place from ``place`` on that lies as far behind a page as ``start`` does."""
+    return place + (start - place) % PAGE
 
 
 def _cut(piece: Piece, first: int, count: int, size: int) -> Iterable[tuple[Window, Window]]:

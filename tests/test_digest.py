@@ -57,6 +57,14 @@ def test_empty_tensors_have_the_digest_of_nothing_and_no_chunks():
     assert StreamDigester([0, 0]).digests() == [nothing, nothing]
 
 
+@pytest.mark.parametrize("size", [digest.BLOCK - 1, digest.BLOCK, 3 * digest.BLOCK + 5])
+def test_what_is_longer_than_a_block_is_hashed_as_a_whole(size: int):
+    data = random.Random(0).randbytes(size)
+    digester = StreamDigester([size])
+    digester.update(memoryview(data))
+    assert digester.digests() == [at_once(data, digest.CHUNK)]
+
+
 def test_digests_are_not_given_before_the_last_byte():
     digester = StreamDigester([4])
     digester.update(memoryview(b"abc"))

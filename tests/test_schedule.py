@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,10 @@ from hypothesis import strategies as st
 from shardtool import schedule
 from shardtool.dtypes import DType
 from shardtool.errors import BudgetTooSmall, PlanError
+from shardtool.header import PAGE
 from shardtool.layouts.rules import RULES, Dims, Source
 from shardtool.plan import Piece, Stored, Tensor, whole
-from shardtool.schedule import Target, least, steps, whole_target
+from shardtool.schedule import Step, Target, least, steps, whole_target
 from shardtool.window import flat, row_major
 from tests.strategies import addresses, mosaic
 from tests.worlds import START, World, chance, ruled, shared
@@ -106,6 +108,91 @@ def test_a_sink_that_needs_a_certain_size_gets_tiles_of_that_size(data, tile: in
         sizes = [t.nbytes for step in done for t in step.tiles if t.target is target]
         assert all(n == tile for n in sizes[:-1])
         assert all(n <= tile for n in sizes)
+
+
+def assert_congruent(step: Step) -> None:
+    """What is large lies in the block as it does in its file, if it can there without parting elements from memory."""
+    for tile in step.tiles:
+        target, item = tile.target, tile.target.tensor.dtype.itemsize
+        straight = [read for read in step.reads if read.place is None and read.copies[0].tile is tile]
+        starts = [read.start - read.copies[0].dst.offset * item for read in straight]
+        wished = [tile.offset] if target.paged else starts[:1]
+        if target.staging and tile.nbytes >= schedule.LARGE * schedule.FLOOR:
+            assert all((tile.place - wish) % PAGE == 0 for wish in wished if wish % item == 0)
+    for read in step.reads:
+        if read.place is not None and read.nbytes >= schedule.LARGE * schedule.FLOOR:
+            assert (read.place - read.start) % PAGE == 0
+
+
+@given(st.data(), LIMITS, st.sampled_from([64, 256, 4096]), st.sampled_from([40, 128 << 10]))
+def test_what_is_large_lies_behind_a_page_as_it_does_in_its_file(data, limits, floor: int, gap: int):
+    """Wherever there is a page to spare for each tile and each read."""
+    world = World()
+    kinds = st.one_of(chance(world), st.sampled_from(CUT).flatmap(lambda rule: ruled(world, rule, 2)))
+    groups = [data.draw(kinds) for _ in range(data.draw(st.integers(1, 3)))]
+    more, want, longest = limits
+    pages = data.draw(st.sampled_from([0, 0, 4 * PAGE, 100 * PAGE]))
+    with scale(floor, gap):
+        done = scheduled(world, groups, (more + pages, want + pages, longest))
+        limit = least(groups) + more + pages
+        for step in done:
+            moved = PAGE * (len(step.tiles) + len(step.reads))
+            if not step.serial and step.cost + moved <= min(want + pages, limit):
+                assert_congruent(step)
+
+
+@pytest.mark.parametrize("paged", [True, False])
+@pytest.mark.parametrize("rule", ["column", "row", "copy"])
+@pytest.mark.parametrize("much", [6, 9, 64])
+def test_tiles_and_reads_of_a_layer_lie_as_in_their_files(rule: str, much: int, paged: bool):
+    """The first tensor of each rank begins 12 bytes into its file, that of the source 3 and a page."""
+    world = World()
+    world.store("s", DType.BF16, (512, 4096), lead=3 + PAGE)
+    shares = RULES[rule].cut("t", [Source("s", (512, 4096))], Dims(1, 1, 1, 1), 2)
+    group = [
+        world.target(shared("t", DType.BF16, share), rank, paged=paged) for share in shares for rank in share.ranks
+    ]
+    floor = schedule.LARGE * schedule.FLOOR
+    want = much * floor
+    done = world.run(steps([group], limit=4 * want, want=want, longest=8 << 20), 4 * want)
+    world.check([group], done)
+    assert world.most_read == 1
+    for step in done:
+        assert_congruent(step)
+        assert not step.serial
+    if paged:
+        assert all(tile.place % PAGE == tile.offset % PAGE for s in done for tile in s.tiles if tile.nbytes >= floor)
+    assert any(tile.nbytes >= floor for step in done for tile in step.tiles)
+
+
+def test_a_sink_that_writes_from_its_tiles_has_them_as_in_its_file_and_another_as_in_the_source():
+    """The same bytes, read straight into a tile: 4096 + 40 bytes into their file, and 12 into the rank's."""
+    size = schedule.LARGE * schedule.FLOOR
+    for paged, wanted in ((True, 12), (False, 40)):
+        world = World()
+        stored = world.store("s", DType.F32, (size // 4,), lead=PAGE + 40)
+        target = world.target(whole("s", stored), 0, paged=True)
+        target = replace(target, paged=paged)
+        (step,) = scheduled(world, [[target]], (4 * size, 4 * size, size))
+        (tile,) = step.tiles
+        assert (tile.offset % PAGE, tile.place % PAGE) == (12, wanted)
+        assert [read.place for read in step.reads] == [None]
+
+
+def test_elements_are_aligned_rather_than_that_they_lie_as_in_a_file_that_does_not_align_them():
+    size = schedule.LARGE * schedule.FLOOR
+    world = World()
+    stored = world.store("s", DType.F32, (size // 4,), lead=PAGE + 41)
+    (step,) = scheduled(world, [[world.target(whole("s", stored), 0)]], (4 * size, 4 * size, size))
+    assert step.tiles[0].place == 0
+
+
+def test_small_tiles_lie_close_together_wherever_they_go():
+    world = World()
+    stored = [world.store(f"n{i}", DType.U8, (100,)) for i in range(50)]
+    groups = [[world.target(whole(f"n{i}", one), 0, paged=True)] for i, one in enumerate(stored)]
+    (step,) = scheduled(world, groups, (1 << 20, 1 << 20, 1 << 20))
+    assert [tile.place for tile in step.tiles] == [128 * i for i in range(50)]
 
 
 # Tiles, reads and gaps as large as they are.

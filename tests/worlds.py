@@ -19,7 +19,6 @@ from itertools import pairwise
 import numpy as np
 from hypothesis import strategies as st
 
-from shardtool import schedule
 from shardtool.cast import cast_into
 from shardtool.dtypes import FLOATS, DType
 from shardtool.layouts.rules import RULES, Dims, Source
@@ -54,14 +53,16 @@ class World:
         data += values.tobytes()
         return made
 
-    def target(self, tensor: Tensor, rank: int, staging: int = 1) -> Target:
-        """The tensor behind what the rank holds."""
+    def target(self, tensor: Tensor, rank: int, staging: int = 1, *, paged: bool = False) -> Target:
+        """The tensor behind what the rank holds; if it is ``paged``, where its elements are aligned."""
         while len(self.ranks) <= rank:
             self.ranks.append(bytearray([POISON] * START))
+        if paged:
+            self.ranks[rank] += bytes([POISON]) * (-len(self.ranks[rank]) % tensor.dtype.itemsize)
         offset = len(self.ranks[rank])
         self.ranks[rank] += bytes([POISON]) * tensor.nbytes
         pieces = resolve(tensor, {name: whole(name, stored) for name, stored in self.stored.items()})
-        return Target(tensor, pieces, rank, offset, staging)
+        return Target(tensor, pieces, rank, offset, staging, paged)
 
     def elements(self, stored: Stored) -> Array:
         """A stored tensor's elements in order."""
@@ -97,7 +98,7 @@ class World:
         taken: list[tuple[int, int]] = []
         for tile in step.tiles:
             if tile.target.staging:
-                assert tile.place % schedule.ALIGN == 0
+                assert tile.place % tile.target.tensor.dtype.itemsize == 0
                 taken.append((tile.place, tile.place + tile.nbytes * tile.target.staging))
                 rooms[id(tile)] = memory[tile.place : tile.place + tile.nbytes]
             else:
@@ -215,9 +216,10 @@ def ruled(draw: Draw, world: World, rule: str, tp: int, only: int | None = None)
     for name, shape in zip(names, sizes, strict=True):
         world.store(name, dtype, shape, key, lead)
     staging = draw(st.sampled_from([0, 1, 1, 2]))
+    paged = draw(st.booleans())
     shares = RULES[rule].cut(rule, [Source(name, world.stored[name].shape) for name in names], dims, tp)
     return [
-        world.target(shared(names[0], to, share), rank, staging)
+        world.target(shared(names[0], to, share), rank, staging, paged=paged)
         for share in shares
         for rank in share.ranks
         if only in (None, rank)
@@ -237,5 +239,5 @@ def chance(draw: Draw, world: World) -> list[Target]:
     for rank in range(draw(st.integers(1, 3))):
         made = draw(mosaics(held, f"t{len(world.stored)}")).tensor
         tensor = Tensor(made.name, dtype, made.shape, made.pieces)
-        found.append(world.target(tensor, rank, draw(st.sampled_from([0, 1, 2]))))
+        found.append(world.target(tensor, rank, draw(st.sampled_from([0, 1, 2])), paged=draw(st.booleans())))
     return found

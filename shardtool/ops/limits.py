@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from shardtool.errors import UsageError
+from shardtool.stores.base import Store
+from shardtool.stores.direct import LARGE, cores
 
 STEP = 32 << 20
 """Bytes of a step's block that are enough."""
@@ -13,7 +17,7 @@ MOST = 1 << 30
 DEPTH = 3
 """Steps that should be under way at once."""
 CONCURRENCY = 8
-"""Reading threads."""
+"""Reading threads, where there are not more processors: they hash and copy what they have read."""
 
 
 def want(arena: int) -> int:
@@ -21,8 +25,34 @@ def want(arena: int) -> int:
     return max(1, min(STEP, arena // DEPTH))
 
 
-def readers(concurrency: int | None, default: int = CONCURRENCY) -> int:
+def readers(concurrency: int | None, default: int | None = None) -> int:
     """The number of reading threads. Raises ``UsageError`` for one that cannot be."""
     if concurrency is not None and (type(concurrency) is not int or not 1 <= concurrency <= 1024):
         raise UsageError(f"--concurrency {concurrency} is not a number of readers from 1 to 1024")
-    return default if concurrency is None else concurrency
+    if concurrency is not None:
+        return concurrency
+    return max(CONCURRENCY, cores()) if default is None else default
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How stores are read under a limit: by how many threads, at most how many bytes at a time, and what that takes.
+
+    ``held``: bytes of memory that are the stores' own.
+    """
+
+    threads: int
+    longest: int
+    held: int
+
+
+def reading(spare: int, concurrency: int | None, *stores: Store) -> Reading:
+    """As many threads as shall be, or as the stores can do with a third of the spare memory.
+
+    If not even one, reads are so small that the stores take nothing for them.
+    """
+    asked = readers(concurrency)
+    for threads in range(asked, 0, -1):
+        if (held := sum(store.reading(threads) for store in stores)) <= spare // 3:
+            return Reading(threads, READ, held)
+    return Reading(asked, LARGE // 2, 0)

@@ -33,22 +33,19 @@ from shardtool.layouts import vllm
 from shardtool.layouts.base import Model
 from shardtool.manifest import FileRecord, Manifest
 from shardtool.mosaic import Logical, resolve
+from shardtool.ops import digests, structure
 from shardtool.ops import source as sources
-from shardtool.ops import structure
 from shardtool.ops.fits import check_fit
 from shardtool.ops.job import Means
-from shardtool.ops.limits import MOST, READ, readers, want
+from shardtool.ops.limits import MOST, reading, want
 from shardtool.ops.source import Source
 from shardtool.ops.structure import FileCheck
 from shardtool.plan import Piece, Stored, Tensor, itself
-from shardtool.schedule import Target, whole_target
+from shardtool.schedule import Target
 from shardtool.sinks.compare import CompareSink, Difference
-from shardtool.sinks.digest import DigestSink
 from shardtool.stores.base import Store
 
 Told = Callable[[int, int], None] | None
-LANES = 8
-"""Files that are hashed side by side, if there is memory for so many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +129,7 @@ def verify(
             report.files += structure.check_side_files(checkpoint, made, digests=not quick)
             checkpoint = Checkpoint(uri, checkpoint.store, checkpoint.kind, tuple(files), made)
             if against is not None:  # before hours are spent on digests
-                _limit(memory_limit, len(checkpoint.ranks), CompareSink.staging)
+                _limit(memory_limit, len(checkpoint.ranks))
             if not quick:
                 report.depth = "digests"
                 _digests(checkpoint.store, files, made, report, memory_limit, concurrency, progress)
@@ -177,28 +174,28 @@ def _structure(checkpoint: Checkpoint, report: Report, *, quick: bool, compared:
     return made
 
 
-def _limit(limit: int | str | None, files: int, staging: int) -> int:
-    """The memory limit for reading ``files`` files side by side."""
-    least = max(1, files) * staging * schedule.FLOOR + schedule.FLOOR + schedule.ALIGN
-    return limit_of(limit, least=least, what="a verification", most=MOST)
+def _least(ranks: int) -> int:
+    """The memory with which shards of so many ranks can be compared side by side."""
+    return max(1, ranks) * CompareSink.staging * schedule.FLOOR + schedule.FLOOR + schedule.ALIGN
 
 
-def _run(
-    groups: Iterator[list[Target]], store: Store, arena: Arena, concurrency: int | None, progress: Told, total: int
-) -> int:
-    """Bring groups to their sinks; returns the bytes of their tiles."""
-    done = 0
+def _limit(limit: int | str | None, ranks: int) -> int:
+    """The memory limit for comparing shards of so many ranks."""
+    return limit_of(limit, least=_least(ranks), what="a verification", most=MOST)
 
-    def tell(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        if progress is not None:
-            progress(done, total)
 
-    step = want(arena.size)
-    steps = schedule.steps(groups, limit=arena.size, want=step, longest=min(READ, step))
-    execute(steps, store, arena, readers=readers(concurrency), progress=tell)
-    return done
+class _Tally:
+    """Adds up the bytes that have been done, and tells of them."""
+
+    def __init__(self, progress: Told, total: int) -> None:
+        self.done = 0
+        self._progress = progress
+        self._total = total
+
+    def __call__(self, nbytes: int) -> None:
+        self.done += nbytes
+        if self._progress is not None:
+            self._progress(self.done, self._total)
 
 
 def _digests(
@@ -214,35 +211,12 @@ def _digests(
     checks = {check.key: check for check in report.files}
     records = {record.key: record for record in made.files}
     sound = [file for file in files if checks[file.key].ok]
-    arena = Arena(min(MOST, _limit(limit, 1, DigestSink.staging)))
-    room = (arena.size - schedule.ALIGN) // schedule.FLOOR - 1  # for tiles, beside one read
-    side_by_side = max(1, min(LANES, len(sound), room))
-    total = sum(file.size for file in sound)
-    sinks: dict[str, DigestSink] = {}
-
-    def groups() -> Iterator[list[Target]]:
-        """Tensor by tensor of several files at a time, so that each is hashed by a thread of its own."""
-        for first in range(0, len(sound), side_by_side):
-            queues = []
-            for file in sound[first : first + side_by_side]:
-                sizes = [entry.nbytes for entry in file.header.entries]
-                sinks[file.key] = DigestSink(sizes, file.header.data_offset)
-                queues.append(_in_order(file, sinks[file.key]))
-            while group := [target for queue in queues if (target := next(queue, None)) is not None]:
-                yield group
-
-    report.bytes += _run(groups(), store, arena, concurrency, progress, total)
+    tally = _Tally(progress, sum(file.size for file in sound))
+    read = digests.read(store, sound, memory_limit=limit, concurrency=concurrency, progress=tally)
+    report.bytes += tally.done
     for file in sound:
-        found = sinks[file.key].digests()
-        checks[file.key].why += _unlike(records[file.key], file, found)
-        report.tensors += len(found)
-
-
-def _in_order(file: WeightFile, sink: DigestSink) -> Iterator[Target]:
-    for name, stored in file.stored().items():
-        tensor = Tensor(name, stored.dtype, stored.shape, tuple, stored=stored)
-        if tensor.size:
-            yield whole_target(tensor, stored, sink, stored.offset, DigestSink.staging)
+        checks[file.key].why += _unlike(records[file.key], file, read[file.key])
+        report.tensors += len(read[file.key])
 
 
 def _unlike(record: FileRecord, file: WeightFile, found: Sequence[digest.TensorDigest]) -> list[str]:
@@ -313,9 +287,15 @@ def _against(
                 for c in group
             ]
 
-    arena = Arena(min(MOST, _limit(limit, len(checkpoint.ranks), CompareSink.staging)))
-    total = sum(file.size for file in checkpoint.files)
-    report.bytes += _run(groups(), store, arena, concurrency, progress, total)
+    ranks = len(checkpoint.ranks)
+    most = _limit(limit, ranks)
+    how = reading(most - _least(ranks), concurrency, store, checkpoint.store)
+    arena = Arena(min(MOST, most - how.held))
+    step = want(arena.size)
+    steps = schedule.steps(groups(), limit=arena.size, want=step, longest=min(how.longest, step))
+    tally = _Tally(progress, sum(file.size for file in checkpoint.files))
+    execute(steps, store, arena, readers=how.threads, progress=tally)
+    report.bytes += tally.done
     rank_of = {file.key: file.rank for file in checkpoint.files}
     names = {(file.key, e.offset): e.name for file in checkpoint.files for e in file.header.entries if e.nbytes}
     for sink in sorted(found, key=lambda sink: (sink.stored.key, sink.stored.offset)):

@@ -18,7 +18,7 @@ from shardtool.engine import Progress, execute
 from shardtool.header import sort_key
 from shardtool.ops import output
 from shardtool.ops.job import Job, Means, Summary
-from shardtool.ops.limits import MOST, READ, readers, want
+from shardtool.ops.limits import MOST, Reading, reading, want
 from shardtool.plan import File, Tensor
 from shardtool.schedule import Step, Target
 from shardtool.sinks.file import FileSink, Slots
@@ -34,11 +34,16 @@ def _waves(files: Iterable[tuple[int, File]]) -> Iterator[list[File]]:
         yield by_part[part]
 
 
-def _groups(files: Sequence[File], resolve: Resolve, sinks: Mapping[str, FileSink]) -> Iterator[list[Target]]:
+def _groups(
+    files: Sequence[File], resolve: Resolve, sinks: Mapping[str, FileSink], *, paged: bool
+) -> Iterator[list[Target]]:
     """Every tensor of some files, with the files that want it, in the order of their bytes."""
     side_by_side = merge(*map(_placed, files), key=_order)
     for _, every in groupby(side_by_side, key=_order):
-        yield [Target(tensor, resolve(tensor), sinks.get(file.key), offset) for file, tensor, offset in every]
+        yield [
+            Target(tensor, resolve(tensor), sinks.get(file.key), offset, FileSink.staging, paged)
+            for file, tensor, offset in every
+        ]
 
 
 _Placed = tuple[File, Tensor, int]
@@ -58,24 +63,25 @@ def _order(placed: _Placed) -> tuple[int, str]:
 
 @dataclass(frozen=True, slots=True)
 class _Memory:
-    """How a limit is divided: slots in which uploads gather their parts, what writers hold, and the arena."""
+    """How a limit is divided: slots in which uploads gather their parts, what stores hold, and the arena."""
 
     limit: int
     slots: int
     unit: int
     held: int
     least: int
+    reading: Reading
 
     @property
     def arena(self) -> int:
-        return min(self.limit - self.slots * self.unit - self.held, MOST)
+        return min(self.limit - self.slots * self.unit - self.held - self.reading.held, MOST)
 
     @property
     def want(self) -> int:
         return want(self.arena)
 
 
-def _memory(job: Job, files: Sequence[tuple[int, File]], to: Store, limit: int | str | None) -> _Memory:
+def _memory(job: Job, files: Sequence[tuple[int, File]], to: Store, means: Means) -> _Memory:
     """Divide the limit, or refuse it with the number that would do."""
     units = max((to.unit(file.size) for _, file in files), default=0)
     slots = max((len(wave) for wave in _waves(files)), default=0) if units else 0
@@ -83,7 +89,8 @@ def _memory(job: Job, files: Sequence[tuple[int, File]], to: Store, limit: int |
     held = max((sum(to.held(file.size) for file in wave) for wave in _waves(files)), default=0)
     held += job.computing
     least = floor + slots * units + held
-    return _Memory(limit_of(limit, least=least, what=job.what, most=MOST), slots, units, held, least)
+    limit = limit_of(means.memory_limit, least=least, what=job.what, most=MOST)
+    return _Memory(limit, slots, units, held, least, reading(limit - least, means.concurrency, job.source))
 
 
 def _least(wave: Sequence[File]) -> int:
@@ -93,8 +100,9 @@ def _least(wave: Sequence[File]) -> int:
 
 
 def _steps(wave: Sequence[File], resolve: Resolve, sinks: Mapping[str, FileSink], memory: _Memory) -> Iterator[Step]:
-    longest = min(READ, memory.want)
-    return schedule.steps(_groups(wave, resolve, sinks), limit=memory.arena, want=memory.want, longest=longest)
+    longest = min(memory.reading.longest, memory.want)
+    groups = _groups(wave, resolve, sinks, paged=not memory.unit)  # parts of uploads are gathered elsewhere
+    return schedule.steps(groups, limit=memory.arena, want=memory.want, longest=longest)
 
 
 def perform(job: Job, to: Store, means: Means, check: Callable[[], None] | None = None) -> Summary:
@@ -103,8 +111,7 @@ def perform(job: Job, to: Store, means: Means, check: Callable[[], None] | None 
     ``check`` is called once it is clear that the job can be done, and before anything is written.
     """
     files = job.of_ranks(means.ranks)
-    memory = _memory(job, files, to, means.memory_limit)
-    threads = readers(means.concurrency)
+    memory = _memory(job, files, to, means)
     state = output.look(job, to, overwrite=means.overwrite, ranks=means.ranks)
     planned = _planned(job, files, memory)
     if means.dry_run:
@@ -119,7 +126,7 @@ def perform(job: Job, to: Store, means: Means, check: Callable[[], None] | None 
     left = tuple((part, file) for part, file in files if file.key not in done)
     total = planned.bytes_to_write
     kept = total - sum(file.size for _, file in left)
-    reads = _write(job, left, to, memory, threads, _told(means.progress, kept, total))
+    reads = _write(job, left, to, memory, _told(means.progress, kept, total))
     complete = output.commit(job, to)
     return replace(planned, bytes_to_read=reads, written=total - kept, kept=kept, complete=complete)
 
@@ -152,9 +159,7 @@ def _told(progress: Callable[[int, int], None] | None, done: int, total: int) ->
     return tell
 
 
-def _write(
-    job: Job, left: Sequence[tuple[int, File]], to: Store, memory: _Memory, threads: int, progress: Progress | None
-) -> int:
+def _write(job: Job, left: Sequence[tuple[int, File]], to: Store, memory: _Memory, progress: Progress | None) -> int:
     """Write some files; returns the bytes that were read."""
     slots = Slots(memory.slots, memory.unit)
     sinks: dict[str, FileSink] = {}
@@ -173,7 +178,9 @@ def _write(
         arena = Arena(memory.arena)
         for wave in _waves(left):
             # A part is durable before the next begins, so that a killed run loses one part at most.
-            execute(counted(wave), job.source, arena, readers=threads, progress=progress, stop=slots.stop)
+            execute(
+                counted(wave), job.source, arena, readers=memory.reading.threads, progress=progress, stop=slots.stop
+            )
         for sink in sinks.values():
             if not sink.file.data_size:
                 sink.open()

@@ -1,4 +1,7 @@
-"""Files: tiles are hashed while they are in cache, written in order, and published when the last one is in."""
+"""Files: tiles are hashed while they are in cache, written in order, and published when the last one is in.
+
+A tile is hashed while the one before it is written.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +67,7 @@ class FileSink:
         self._writer: Writer | None = None
         self._written = 0
         self._digester = digest.StreamDigester([t.nbytes for t in file.tensors])
-        self._lane = Lane(self._append, len(file.header))
+        self._lane = Lane(self._digester.update, len(file.header), self._append)
         self._write: Callable[[memoryview], None] = self._pass_on
 
     def room(self, tile: Tile, memory: memoryview) -> memoryview:
@@ -89,7 +92,7 @@ class FileSink:
         self._lane.put(tile.offset, memory, release)
 
     def _append(self, view: memoryview) -> None:
-        self._digester.update(view)
+        """Write a tile that has been hashed."""
         self._write(view)
         if self._written + self._gathered == self.file.size:
             self._finish()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -17,7 +18,7 @@ from shardtool.manifest import FileRecord
 from shardtool.plan import File, Tensor
 from shardtool.schedule import Target, Tile
 from shardtool.sinks.file import FileSink, Slots
-from shardtool.stores.base import Store
+from shardtool.stores.base import Buffer, Store
 from shardtool.stores.memory import MemoryStore
 from tests.builders import parsed
 
@@ -116,6 +117,49 @@ def test_nothing_is_seen_of_a_file_before_its_last_tile_and_nothing_after_an_abo
     sink.abort()
     sink.abort()
     assert (list(store.list()), records) == ([], [])
+
+
+class Waiting(MemoryStore):
+    """A store in which the writing of a slice waits for something."""
+
+    def __init__(self, event: threading.Event) -> None:
+        super().__init__()
+        self.event = event
+
+    def create(self, key: str, size: int, *, exclusive: bool = False) -> Any:
+        """A writer that waits before each slice but the first, the header."""
+        writer = super().create(key, size, exclusive=exclusive)
+        write = writer.write
+
+        def waiting(offset: int, view: Buffer) -> None:
+            assert not offset or self.event.wait(30)
+            write(offset, view)
+
+        writer.write = waiting  # type: ignore[method-assign]
+        return writer
+
+
+def test_a_tile_is_hashed_while_the_tile_before_it_is_written(monkeypatch: pytest.MonkeyPatch):
+    """The first tile's write ends when the second tile has been hashed."""
+    hashed = threading.Event()
+    update = digest.StreamDigester.update
+
+    def told(digester: digest.StreamDigester, view: memoryview) -> None:
+        update(digester, view)
+        if bytes(view) == b"efgh":
+            hashed.set()
+
+    monkeypatch.setattr(digest.StreamDigester, "update", told)
+    store = Waiting(hashed)
+    records: list[FileRecord] = []
+    sink = made(store, plan([4, 4]), records)
+    first, second = tiles(sink, [])
+    writing = threading.Thread(target=bring, args=(sink, first, b"abcdefgh"))
+    writing.start()
+    bring(sink, second, b"abcdefgh")
+    writing.join(30)
+    assert store.get(sink.file.key, limit=1 << 20) == sink.file.header + b"abcdefgh"
+    assert [tensor.digest.blake3 for tensor in records[0].tensors] == [digest.of_bytes(x) for x in (b"abcd", b"efgh")]
 
 
 def test_an_abort_before_the_first_tile_and_after_the_last_does_nothing():
