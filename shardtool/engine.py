@@ -12,6 +12,7 @@ done with it; the block returns when all its tiles have.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from threading import BoundedSemaphore, Lock
@@ -29,6 +30,49 @@ from shardtool.stores.base import Store
 
 Progress = Callable[[int], None]
 """Told of the bytes that have just been done, by one thread at a time."""
+
+
+class Clock:
+    """Seconds that the threads of a run spend in its stages, added up: two threads may spend two in one second.
+
+    ``storage``: in the store, from the request to the last byte; ``hash``: with digests; ``copy``: from the engine's
+    memory to where tensors lie; ``exchange``: the consumer's, with other ranks; ``room``: the dispatcher's, until the
+    consumer has taken what was read ahead; ``data``: the consumer's, until there is something to take.
+    """
+
+    STAGES = ("storage", "hash", "copy", "exchange", "room", "data")
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(self.STAGES, 0.0)
+        self.busy = 0.0
+        """Seconds in which at least one thread was in the store."""
+        self._inside = 0
+        self._since = 0.0
+        self._lock = Lock()
+
+    def asked(self) -> float:
+        """A thread goes into the store; returns the time."""
+        now = time.perf_counter()
+        with self._lock:
+            if not self._inside:
+                self._since = now
+            self._inside += 1
+        return now
+
+    def answered(self, began: float) -> None:
+        """It has come back; ``began`` is when it went."""
+        now = time.perf_counter()
+        with self._lock:
+            self.seconds["storage"] += now - began
+            self._inside -= 1
+            if not self._inside:
+                self.busy += now - self._since
+
+    def add(self, stage: str, began: float) -> None:
+        """Count the time since ``began`` (of ``time.perf_counter``)."""
+        spent = time.perf_counter() - began
+        with self._lock:
+            self.seconds[stage] += spent
 
 
 class Sink(Protocol):
@@ -80,12 +124,15 @@ def execute(
     readers: int,
     progress: Progress | None = None,
     stop: Callable[[], None] | None = None,
+    clock: Clock | None = None,
+    depth: int | None = None,
 ) -> None:
     """Run every step; returns when all tiles are done. The first failure of any thread is raised here.
 
-    ``stop`` is called on failure, to wake sinks that wait in ``room``; they raise ``Stopped`` then.
+    ``stop`` is called on failure, to wake sinks that wait in ``room``; they raise ``Stopped`` then. ``clock``: is told
+    how long reads take. ``depth``: jobs that wait or are under way at most, for sinks whose room costs memory.
     """
-    run = _Run(store, arena, readers, progress, stop)
+    run = _Run(store, arena, depth or 4 * max(1, readers) + 8, progress, stop, clock or Clock())
     pool = ThreadPoolExecutor(max(1, readers), thread_name_prefix="shardtool")
     try:
         for step in steps:
@@ -102,15 +149,22 @@ def execute(
 
 class _Run:
     def __init__(
-        self, store: Store, arena: Arena, readers: int, progress: Progress | None, stop: Callable[[], None] | None
+        self,
+        store: Store,
+        arena: Arena,
+        depth: int,
+        progress: Progress | None,
+        stop: Callable[[], None] | None,
+        clock: Clock,
     ) -> None:
+        self._clock = clock
         self._stop = stop
         self.error: BaseException | None = None
         self._store = store
         self._arena = arena
         self._progress = progress
         self._telling = Lock()
-        self._queued = BoundedSemaphore(4 * max(1, readers) + 8)
+        self._queued = BoundedSemaphore(depth)
 
     def fail(self, error: BaseException) -> None:
         """Remember the first error and wake everybody who waits."""
@@ -124,13 +178,15 @@ class _Run:
         block = self._arena.lease(step.cost) if step.cost else None
         jobs = [step.reads] if step.serial or not step.reads else [[read] for read in step.reads]
         work = _Work(step, block, len(jobs))
+        self._queued.acquire()  # before memory is taken for it
         for tile in step.tiles:
             room = tile.target.sink.room(tile, work.staging(tile))
             work.rooms[id(tile)] = room
             if tile.fill is not None:
                 fill(room, tile.target.tensor.dtype, tile.fill)
-        for job in jobs:
-            self._queued.acquire()
+        for number, job in enumerate(jobs):
+            if number:
+                self._queued.acquire()
             if self.error is not None:
                 raise Stopped
             pool.submit(self._job, work, job)
@@ -150,12 +206,19 @@ class _Run:
         if read.place is None:
             (copy,) = read.copies
             start = copy.dst.offset * copy.dtype.itemsize
-            self._store.readinto(read.key, read.start, work.rooms[id(copy.tile)][start : start + read.nbytes])
+            self._fetch(read, work.rooms[id(copy.tile)][start : start + read.nbytes])
             return
         scratch = work.memory[read.place : read.place + read.nbytes]
-        self._store.readinto(read.key, read.start, scratch)
+        self._fetch(read, scratch)
         for copy in read.copies:
             scatter(copy, scratch, work.rooms[id(copy.tile)])
+
+    def _fetch(self, read: Read, view: memoryview) -> None:
+        began = self._clock.asked()
+        try:
+            self._store.readinto(read.key, read.start, view)
+        finally:
+            self._clock.answered(began)
 
     def _finish(self, work: _Work) -> None:
         with work.lock:

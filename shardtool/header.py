@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
+from shardtool.calm import calm
 from shardtool.dtypes import DType
 from shardtool.errors import FormatError
 
@@ -96,6 +98,11 @@ def parse(text: bytes, file_size: int, where: str) -> Header:
 
     Raises ``FormatError`` that names the file, and the tensor where there is one.
     """
+    with calm():
+        return _parsed(text, file_size, where)
+
+
+def _parsed(text: bytes, file_size: int, where: str) -> Header:
     try:
         table = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except _Duplicate as error:
@@ -114,9 +121,8 @@ def parse(text: bytes, file_size: int, where: str) -> Header:
     except UnicodeEncodeError:  # JSON can spell half of a character
         raise FormatError(f"{where} is damaged: its header has a name that is not text") from None
     base = 8 + len(text)
-    entries = sorted(
-        (_entry(name, value, base, where) for name, value in table.items()), key=lambda e: (e.offset, e.nbytes)
-    )
+    entries = [_entry(name, value, base, where) for name, value in table.items()]
+    entries.sort(key=attrgetter("offset", "nbytes"))
     end = base
     for entry in entries:
         if entry.offset != end:
@@ -129,16 +135,18 @@ def parse(text: bytes, file_size: int, where: str) -> Header:
     return Header(tuple(entries), metadata, base)
 
 
+_DTYPES = dict(DType.__members__)  # which enum makes anew at each look
+
+
 class _Duplicate(Exception):
     pass
 
 
-def _no_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    table: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in table:
-            raise _Duplicate(key)
-        table[key] = value
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        seen: set[str] = set()
+        raise _Duplicate(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
     return table
 
 
@@ -147,12 +155,16 @@ def _entry(name: str, value: Any, base: int, where: str) -> Entry:
         kind, shape, (start, end) = value["dtype"], value["shape"], value["data_offsets"]
     except (TypeError, KeyError, ValueError):
         raise FormatError(f"{where} is damaged: tensor {name!r} lacks dtype, shape or data_offsets") from None
-    if not isinstance(kind, str) or kind not in DType.__members__:
+    dtype = _DTYPES.get(kind) if isinstance(kind, str) else None
+    if dtype is None:
         raise FormatError(f"{where}: tensor {name!r} has the unknown dtype {kind!r}")
     numbers = [*shape, start, end] if isinstance(shape, list) else [None]
-    if not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers) or len(shape) > 64:
+    for n in numbers:
+        if type(n) is not int or not 0 <= n < 1 << 63:
+            numbers = []
+            break
+    if not numbers or len(shape) > 64:
         raise FormatError(f"{where} is damaged: tensor {name!r} has a shape or offsets that are not sizes")
-    dtype = DType[kind]
     bits = math.prod(shape) * dtype.bits
     if bits % 8 or end - start != bits // 8:
         raise FormatError(

@@ -161,7 +161,7 @@ def _imported(operation: str, args: list[str]) -> Callable[..., Any]:
     import numpy  # noqa: F401
     import xxhash  # noqa: F401
 
-    module = importlib.import_module("shardtool.ops." + {"stream": "load", "measure": "load"}.get(operation, operation))
+    module = importlib.import_module("shardtool.ops." + {"stream": "load"}.get(operation, operation))
     if operation in ("stream", "measure"):
         import shardtool.sinks.tensor  # noqa: F401
     if remote := [a for a in args if a.startswith("s3://")]:

@@ -23,8 +23,9 @@ from shardtool.layouts.transformers import ENGINE, KIND
 from shardtool.mosaic import Logical
 from shardtool.ops import tp_plan
 from shardtool.ops.load import fill, handed
-from shardtool.ops.rank import Item, equal, items
+from shardtool.ops.rank import equal, items
 from shardtool.plan import Piece
+from shardtool.segments import Item
 from shardtool.window import Window, row_major
 
 if TYPE_CHECKING:

@@ -11,23 +11,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 from shardtool import digest
-from shardtool.checkpoint import Checkpoint, WeightFile, open_checkpoint, tensor_of, with_headers
+from shardtool.calm import calm
+from shardtool.checkpoint import Checkpoint, open_checkpoint, tensor_of, with_headers
 from shardtool.errors import NotFound, TensorMismatch, UsageError
-from shardtool.header import Entry
 from shardtool.ops.equal import equal as equal_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One tensor of a rank. ``chunks``: its digests, or None where none are to be checked."""
-
-    name: str
-    file: WeightFile
-    entry: Entry
-    chunks: tuple[str, ...] | None
+from shardtool.segments import Item
 
 
 def text(value: object, name: str) -> None:
@@ -42,13 +32,18 @@ def number(value: object, name: str) -> None:
         raise UsageError(f"{name}={value!r} is not a whole number")
 
 
-def opened(uri: str | os.PathLike[str], rank: int | None, pattern: str | None) -> Checkpoint:
-    """The checkpoint at a URI with the headers of a rank, or of all. Raises ``NotFound`` and ``UsageError``."""
+def opened(uri: str | os.PathLike[str], rank: int | None, pattern: str | None, *, own: int | None = None) -> Checkpoint:
+    """The checkpoint at a URI with the headers of a rank, or of all. Raises ``NotFound`` and ``UsageError``.
+
+    ``own``: the rank to take where there are ranks and none was said.
+    """
     number(rank, "rank")
     text(pattern, "pattern")
     checkpoint = open_checkpoint(uri, shard_pattern=pattern)
     with checkpoint.store.closed_on_failure():
         made = checkpoint.manifest
+        if made is not None and rank is None:
+            rank = own
         if made is not None and rank is not None and rank not in range(made.tp * made.pp):
             raise NotFound(f"{checkpoint.uri} has no rank {rank}; it has ranks 0 to {made.tp * made.pp - 1}")
         return with_headers(checkpoint, None if rank is None else [rank])
@@ -73,6 +68,11 @@ def items(checkpoint: Checkpoint, rank: int | None, *, verify: bool) -> list[Ite
 
     What differs from the manifest is refused.
     """
+    with calm():
+        return _items(checkpoint, rank, verify=verify)
+
+
+def _items(checkpoint: Checkpoint, rank: int | None, *, verify: bool) -> list[Item]:
     records = {record.key: record for record in checkpoint.manifest.files} if checkpoint.manifest else {}
     if rank is not None and rank not in checkpoint.ranks:
         whole = " (its tensors are whole, of no rank)" if checkpoint.kind == "huggingface" else ""

@@ -21,7 +21,7 @@ import shardtool
 from benchmarks import models
 from shardtool import stores
 from shardtool.errors import BudgetTooSmall, ChecksumMismatch, Incomplete, NotFound, TensorMismatch, UsageError
-from shardtool.ops.load import measure
+from shardtool.ops.measure import measure
 from tests.builders import (
     COUNTING,
     Files,
@@ -180,6 +180,97 @@ def test_only_the_ranks_own_files_are_read(monkeypatch: pytest.MonkeyPatch):
 def test_the_only_rank_need_not_be_named(tmp_path: Path):
     shardtool.save(put(tmp_path / "model", FILES), tmp_path / "out", tp=1)
     assert raws(shardtool.load(tmp_path / "out")) == expected(HELD, CONFIG, 1)[0]
+
+
+# In which order.
+
+
+@pytest.mark.parametrize("limit", [0, None])
+@pytest.mark.parametrize("uri", ["model", "out"])
+def test_tensors_come_in_the_order_of_a_list_of_names(tmp_path: Path, limit: Any, uri: str):
+    """Just those that it names."""
+    put(tmp_path / "model", FILES)
+    put(tmp_path / "out", saved_files(1))
+    wanted = raws(shardtool.load(tmp_path / uri))
+    names = sorted(wanted, key=lambda name: name[::-1])[::2]
+    found = [(name, raw_of(t)) for name, t in shardtool.stream(tmp_path / uri, order=names, memory_limit=limit)]
+    assert found == [(name, wanted[name]) for name in names]
+    assert list(shardtool.stream(tmp_path / uri, order=[])) == []
+
+
+@pytest.mark.parametrize("concurrency", [1, 16])
+def test_ready_is_any_order_of_all(shards: str, concurrency: int):
+    found = list(shardtool.stream(shards, rank=0, order="ready", concurrency=concurrency))
+    assert len(found) == len(dict(found))
+    assert raws(dict(found)) == expected(HELD, CONFIG, 2)[0]
+
+
+@pytest.mark.parametrize("order", ["fastest", ["no.such.weight"], ["lm_head.weight", "lm_head.weight"]])
+def test_an_order_that_cannot_be_is_refused(shards: str, order: Any):
+    with pytest.raises(UsageError, match="order"):
+        shardtool.stream(shards, rank=0, order=order)
+
+
+# Of another size.
+
+
+@pytest.mark.parametrize("uri", ["model", "tp2"])
+def test_a_rank_of_any_size_comes_out_of_whole_tensors_or_other_shards(tmp_path: Path, uri: str):
+    put(tmp_path / "model", FILES)
+    put(tmp_path / "tp2", SHARDS)
+    for rank, wanted in enumerate(expected(HELD, CONFIG, 4)):
+        assert raws(shardtool.load(tmp_path / uri, tp=4, rank=rank)) == wanted
+        assert raws(dict(shardtool.stream(tmp_path / uri, tp=4, rank=rank, memory_limit=0))) == wanted
+
+
+def test_what_is_cut_on_the_way_is_neither_borrowed_nor_ordered(shards: str):
+    for option in ({"borrow": True}, {"order": "ready"}, {"order": ["lm_head.weight"]}):
+        with pytest.raises(UsageError, match="leave order and borrow out"):
+            shardtool.stream(shards, tp=4, rank=0, **option)  # type: ignore[arg-type]
+    with pytest.raises(NotFound, match="has no rank 4"):
+        shardtool.stream(shards, tp=4, rank=4)
+
+
+# Borrowed.
+
+
+def test_borrowed_tensors_are_the_files_own_pages(tmp_path: Path):
+    shardtool.save(put(tmp_path / "model", FILES), tmp_path / "out", tp=1)
+    for uri in ("model", "out"):
+        found = shardtool.load(tmp_path / uri, borrow=True)
+        assert raws(found) == raws(shardtool.load(tmp_path / uri))
+    (path,) = (tmp_path / "out").glob("*.safetensors")
+    before = path.read_bytes()
+    found["model.norm.weight"].fill_(0)
+    assert path.read_bytes() == before, "who writes gets a copy"
+    again = shardtool.load(tmp_path / "out", borrow=True)
+    with open(path, "r+b") as file:
+        file.seek(-2, 2)
+        file.write(b"zz")
+    last = in_order(before)[-1]
+    assert raw_of(again[last]) == parsed(path.read_bytes())[last] != parsed(before)[last]
+
+
+def test_damage_of_a_borrowed_tensor_is_found(tmp_path: Path):
+    put(tmp_path / "out", damaged("lm_head.weight"))
+    with pytest.raises(ChecksumMismatch, match=r"'lm_head\.weight' differs"):
+        shardtool.load(tmp_path / "out", rank=0, borrow=True)
+    assert shardtool.load(tmp_path / "out", rank=0, borrow=True, verify=False)
+
+
+def test_what_is_not_a_file_of_this_machine_cannot_be_borrowed(shards: str):
+    with pytest.raises(UsageError, match="only files of this machine can"):
+        shardtool.load(shards, rank=0, borrow=True)
+    with pytest.raises(UsageError, match="not on meta"):
+        shardtool.load(shards, rank=0, borrow=True, device="meta")
+
+
+def test_a_borrowing_stream_that_is_closed_stops_its_threads(tmp_path: Path):
+    before = set(threading.enumerate())
+    found = shardtool.stream(put(tmp_path / "model", FILES) and tmp_path / "model", borrow=True)
+    next(found)
+    found.close()  # type: ignore[attr-defined]
+    assert set(threading.enumerate()) <= before
 
 
 # Memory.

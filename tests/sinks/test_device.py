@@ -1,0 +1,108 @@
+"""Copies that a device makes by itself: nothing is handed on, and no memory given back, before it has arrived."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from shardtool.engine import Clock
+from shardtool.sinks.device import Cuda, Pairs, Plain, Queued
+
+
+def pairs(count: int = 3) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(torch.zeros(4), torch.full((4,), float(n + 1))) for n in range(count)]
+
+
+def arrived(made: Pairs) -> bool:
+    return all(torch.equal(target, source) for target, source in made)
+
+
+def test_on_this_machine_copies_are_made_at_once():
+    made, told = pairs(), []
+    clock = Clock()
+    Plain(clock).copy(made, lambda: told.append(arrived(made)))
+    assert told == [True]
+    assert clock.seconds["copy"] > 0
+
+
+class Late:
+    """A device that copies when it is waited for, or when it is let."""
+
+    def __init__(self, broken: int | None = None) -> None:
+        self.let = threading.Event()
+        self.closed = False
+        self.begun = 0
+        self._broken = broken
+
+    def begin(self, pairs: Pairs) -> Any:
+        self.begun += 1
+        return self.begun, pairs
+
+    def wait(self, token: Any) -> None:
+        number, made = token
+        assert self.let.wait(60)
+        if number == self._broken:
+            raise RuntimeError("the device fell off the bus")
+        for target, source in made:
+            target.copy_(source)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_device_copies_while_readers_go_on():
+    device, errors = Late(), list[BaseException]()
+    copier = Queued(device, Clock(), errors.append)
+    jobs, told = [pairs() for _ in range(5)], list[int]()
+
+    def landed(number: int) -> Callable[[], None]:
+        def tell() -> None:
+            assert arrived(jobs[number])
+            told.append(number)
+
+        return tell
+
+    for number, job in enumerate(jobs):
+        copier.copy(job, landed(number))
+    assert device.begun == 5
+    assert told == []
+    device.let.set()
+    copier.close()
+    assert told == [0, 1, 2, 3, 4]
+    assert device.closed
+    assert not errors
+
+
+def test_a_copy_that_fails_is_told_and_ends_nothing_else():
+    device, errors, told = Late(broken=2), list[BaseException](), list[int]()
+    copier = Queued(device, Clock(), errors.append)
+    for number in (1, 2, 3):
+        copier.copy(pairs(), partial(told.append, number))
+    device.let.set()
+    copier.close()
+    assert told == [1, 3]
+    assert [str(error) for error in errors] == ["the device fell off the bus"]
+
+
+@pytest.mark.cuda
+def test_a_gpu_gets_what_was_in_registered_memory():
+    from shardtool.budget import Arena
+
+    arena, errors, told = Arena(8 << 20), list[BaseException](), list[int]()
+    device = torch.device("cuda", 0)
+    copier = Queued(Cuda(arena.memory, [device]), Clock(), errors.append)
+    source = torch.frombuffer(arena.memory, dtype=torch.uint8)
+    targets = [torch.zeros(1 << 20, dtype=torch.uint8, device=device) for _ in range(8)]
+    for number, target in enumerate(targets):
+        part = source[number << 20 : (number + 1) << 20]
+        part.fill_(number + 1)
+        copier.copy([(target, part)], partial(told.append, number))
+    copier.close()
+    assert told == list(range(8))
+    assert not errors
+    assert all(bool((target == number + 1).all()) for number, target in enumerate(targets))
