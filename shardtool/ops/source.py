@@ -72,11 +72,16 @@ def open_source(uri: str, *, shard_pattern: str | None = None) -> Source:
     """Open a model of any kind as its logical tensors. Reads headers only."""
     checkpoint = open_checkpoint(uri, shard_pattern=shard_pattern)
     with checkpoint.store.closed_on_failure():
-        if checkpoint.kind == "huggingface":
-            return _whole(checkpoint)
-        if checkpoint.manifest is not None:
-            return sharded(with_headers(checkpoint), checkpoint.manifest)
-        return sharded(checkpoint, infer(checkpoint))
+        return of(checkpoint)
+
+
+def of(checkpoint: Checkpoint) -> Source:
+    """A checkpoint that is open, of any kind, as its logical tensors."""
+    if checkpoint.kind == "huggingface":
+        return _whole(checkpoint)
+    if checkpoint.manifest is not None:
+        return sharded(with_headers(checkpoint), checkpoint.manifest)
+    return sharded(checkpoint, infer(checkpoint))
 
 
 def _whole(checkpoint: Checkpoint) -> Source:

@@ -1,0 +1,159 @@
+"""One rank's tensors of a checkpoint that was cut for nobody, or for other ranks: each reads only what it needs.
+
+The source is whatever ``save`` and ``reshard`` take: whole tensors, or shards of any sizes, whose recipe is read
+backwards. The tensors equal those that ``save`` writes for the rank, one by one.
+
+::
+
+    sliced      (name, tensor) one after the other, by oneself or together with other ranks
+    opened      the same as a plan: what comes, of which bytes
+    plan        ... of a source that is open
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from shardtool import computed
+from shardtool.checked import Checked
+from shardtool.checkpoint import open_checkpoint, with_headers
+from shardtool.errors import NotFound
+from shardtool.exchange import exchange_for, heard
+from shardtool.ops import layout as layouts
+from shardtool.ops import source as sources
+from shardtool.ops.bring import Slices, slice_of
+from shardtool.ops.layout import Choice
+from shardtool.ops.rank import items, number, text
+from shardtool.ops.source import Source
+from shardtool.ops.together import together
+from shardtool.parallel import Parallel
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
+
+
+def sliced(
+    uri: str | os.PathLike[str],
+    *,
+    tp: int,
+    rank: int,
+    pp: int = 1,
+    expert_parallel: bool | None = None,
+    layout: str | None = None,
+    engine_version: str | None = None,
+    dtype: str | None = None,
+    device: str = "cpu",
+    memory_limit: int | str | None = None,
+    concurrency: int | None = None,
+    source_pattern: str | None = None,
+    verify: bool = True,
+    distributed: bool | str = False,
+    scope: str = "node",
+    group: dist.ProcessGroup | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield ``(name, tensor)`` for what rank ``rank`` of ``tp`` times ``pp`` holds; the caller owns them.
+
+    ``uri``: whole tensors, or shards of any sizes. ``layout``, ``engine_version``, ``dtype``, ``expert_parallel``: as
+    in ``save`` for whole tensors, as in ``reshard`` for shards, which know their own. ``source_pattern``: the names of
+    shards without a manifest. ``device``, ``memory_limit``, ``concurrency``: as in ``stream``. ``verify``: check the
+    digests of shards; a chunk of which a part is needed is read whole then.
+
+    ``distributed``: whether bytes that several ranks of this node want (of all, with ``scope="global"``; of ``group``)
+    are read by one of them and exchanged; ``auto`` is for stores that are not local. Then every process of the world
+    calls this at the same time, each for a rank of its own, and takes all tensors: one that fails or stops ends the
+    others with its reason.
+
+    Raises ``NotFound`` for a rank that there is not, and what ``save`` raises for a model that cannot be cut so.
+    """
+    exchange = exchange_for(uri, distributed, group=group, scope=scope)
+    with heard(exchange):
+        found = opened(
+            uri,
+            tp=tp,
+            rank=rank,
+            pp=pp,
+            expert_parallel=expert_parallel,
+            layout=layout,
+            engine_version=engine_version,
+            dtype=dtype,
+            source_pattern=source_pattern,
+            verify=verify,
+        )
+        with found.store.closed_on_failure():
+            take = found.tensors if exchange is None else partial(together, found, exchange)
+            tensors = take(device=device, memory_limit=memory_limit, concurrency=concurrency, progress=progress)
+    return _closing(found, tensors)
+
+
+def _closing(found: Slices, tensors: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    with found:
+        yield from tensors
+
+
+def opened(
+    uri: str | os.PathLike[str],
+    *,
+    tp: int,
+    rank: int,
+    pp: int = 1,
+    expert_parallel: bool | None = None,
+    layout: str | None = None,
+    engine_version: str | None = None,
+    dtype: str | None = None,
+    source_pattern: str | None = None,
+    verify: bool = True,
+) -> Slices:
+    """What a rank holds. Reads headers, and tensors where a layout must know whether two are equal."""
+    number(rank, "rank")
+    for value, name in ((layout, "layout"), (dtype, "dtype"), (source_pattern, "source_pattern")):
+        text(value, name)
+    sizes = Parallel(tp, pp)
+    if rank not in sizes.ranks:
+        raise NotFound(f"{sizes} has no rank {rank}; it has ranks 0 to {sizes.ranks[-1]}")
+    source, checked = _source(os.fspath(uri), source_pattern, verify=verify)
+    with source.store.closed_on_failure():
+        origin = source.origin
+        whole = expert_parallel if expert_parallel is not None else origin is not None and origin.parallel.ep
+        parallel = Parallel(tp, pp, whole)
+        choice = Choice(layout or ("" if origin is not None else "vllm"), engine_version)
+        return replace(plan(source, parallel, rank, choice, dtype or "auto"), checked=checked)
+
+
+def _source(uri: str, pattern: str | None, *, verify: bool) -> tuple[Source, Checked | None]:
+    """The source, with a store that checks what has digests."""
+    checkpoint = open_checkpoint(uri, shard_pattern=pattern)
+    with checkpoint.store.closed_on_failure():
+        made = checkpoint.manifest
+        if made is None or not verify:
+            return sources.of(checkpoint), None
+        found = with_headers(checkpoint)
+        ranks = (*found.ranks, None)  # kept tensors are of no rank
+        checked = Checked(found.store, [item for rank in ranks for item in items(found, rank, verify=True)])
+        return sources.sharded(replace(found, store=checked), made), checked
+
+
+def plan(source: Source, parallel: Parallel, rank: int, choice: Choice, dtype: str = "auto") -> Slices:
+    """What a rank of these sizes holds of a source, by a layout. Raises ``PlanError`` where it cannot be cut so."""
+    made, outline, held = layouts.outlined(source, choice, parallel, dtype)
+    store, resolve, computing = computed.over(source.store, source.catalog, outline.recipe)
+    found = [slice_of(tensor, resolve) for tensor in outline.recipe.tensors(rank)]
+    found.sort(key=lambda part: part.first)
+    return Slices(
+        source=source,
+        store=store,
+        parallel=parallel,
+        rank=rank,
+        slices=tuple(found),
+        computing=computing,
+        recipe=outline.recipe,
+        resolve=resolve,
+        layout=made.title,
+        dtype=held,
+        notes=tuple(outline.notes),
+    )
