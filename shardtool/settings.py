@@ -11,7 +11,11 @@ A flag wins over ``SHARDTOOL_*``, which wins over the twin that Run:ai's streame
     --engine-python   SHARDTOOL_ENGINE_PYTHON                                  a path
     --layer-partition SHARDTOOL_LAYER_PARTITION VLLM_PP_LAYER_PARTITION        numbers of layers, for example 16,18
     --device          SHARDTOOL_DEVICE                                         as the flag
+    --distributed     SHARDTOOL_DISTRIBUTED    RUNAI_STREAMER_DIST             1, 0 or auto
     --quiet           SHARDTOOL_QUIET                                          1 or 0
+
+``shardtool.integrations.runai`` reads RUNAI_STREAMER_S3_ENDPOINT, _S3_UNSIGNED, _S3_USE_VIRTUAL_ADDRESSING,
+_DIST_GLOBAL and _DIST_TIMEOUT besides.
 
 An empty variable counts as one that is not set. A bad value is a ``UsageError`` that names the variable.
 """
@@ -20,6 +24,7 @@ from __future__ import annotations
 
 import os
 import re
+from typing import Literal
 
 from shardtool.errors import UsageError
 from shardtool.units import parse_size
@@ -114,10 +119,7 @@ def quiet(flag: bool | None) -> bool:
     said = _said(None, "--quiet", "SHARDTOOL_QUIET")
     if said is None:
         return False
-    text, name = said
-    if text.lower() not in (*_TRUE, *_FALSE):
-        raise UsageError(f"{name} {text!r} is neither on nor off; write 1 or 0")
-    return text.lower() in _TRUE
+    return _switch(*said)
 
 
 def torchrun() -> tuple[int, int, int] | None:
@@ -130,6 +132,49 @@ def torchrun() -> tuple[int, int, int] | None:
     if rank >= world:
         raise UsageError(f"RANK {rank} is not below WORLD_SIZE {world}; unset both, or start the command with torchrun")
     return rank, local, world
+
+
+def distributed(flag: bool | str | None) -> bool | Literal["auto"] | None:
+    """Whether ranks that want the same bytes read them once and exchange them, or None."""
+    said = _said(flag, "--distributed", "SHARDTOOL_DISTRIBUTED", "RUNAI_STREAMER_DIST")
+    if said is None:
+        return None
+    text, name = said
+    if text.lower() == "auto":
+        return "auto"
+    if text.lower() not in (*_TRUE, *_FALSE):
+        raise UsageError(f"{name} {text!r} is neither on nor off nor auto; write 1, 0 or auto")
+    return text.lower() in _TRUE
+
+
+def distributed_scope() -> Literal["node", "global"]:
+    """Which ranks exchange what they read: those of a node, or all of them as Run:ai's users may set it."""
+    said = _said(None, "", "RUNAI_STREAMER_DIST_GLOBAL")
+    return "global" if said is not None and _switch(*said) else "node"
+
+
+def distributed_timeout() -> int | None:
+    """Seconds that a rank waits for another, as Run:ai's users set them, or None."""
+    said = _said(None, "", "RUNAI_STREAMER_DIST_TIMEOUT")
+    return None if said is None else _number(*said)
+
+
+def s3_endpoint() -> str | None:
+    """The address of the S3 server, as Run:ai's users set it, or None: boto3's own settings decide."""
+    said = _said(None, "", "RUNAI_STREAMER_S3_ENDPOINT")
+    return None if said is None else said[0]
+
+
+def s3_unsigned() -> bool:
+    """Whether Run:ai's users ask S3 servers as nobody."""
+    said = _said(None, "", "RUNAI_STREAMER_S3_UNSIGNED")
+    return said is not None and _switch(*said)
+
+
+def s3_addressing() -> str | None:
+    """Where Run:ai's users have the bucket's name, ``virtual`` or ``path``; None leaves it to what fits the server."""
+    said = _said(None, "", "RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING")
+    return None if said is None else "virtual" if _switch(*said) else "path"
 
 
 def _said(flag: object, option: str, *variables: str) -> tuple[str, str] | None:
@@ -148,6 +193,12 @@ def _size(text: str, name: str) -> int:
     if found > _MOST_BYTES:
         raise UsageError(f"{name} {text[:32]!r} is more than any machine has; write for example 64MiB or 5GiB")
     return found
+
+
+def _switch(text: str, name: str) -> bool:
+    if text.lower() not in (*_TRUE, *_FALSE):
+        raise UsageError(f"{name} {text!r} is neither on nor off; write 1 or 0")
+    return text.lower() in _TRUE
 
 
 def _number(text: str, name: str) -> int:

@@ -14,6 +14,7 @@ TWINS: list[tuple[Callable[[Any], Any], str, Any, Any]] = [
     (settings.memory_limit, "MEMORY_LIMIT", "1MiB", 1 << 20),
     (settings.concurrency, "CONCURRENCY", 3, 3),
 ]
+DISTRIBUTED = [("1", True), ("on", True), (True, True), ("0", False), ("No", False), (False, False), ("Auto", "auto")]
 PLAIN: list[tuple[Callable[[Any], Any], str, Any, Any]] = [
     (settings.max_part_size, "MAX_PART_SIZE", "5GB", 5 * 10**9),
     (settings.pattern, "PATTERN", "r{rank}.safetensors", "r{rank}.safetensors"),
@@ -77,6 +78,12 @@ BAD = [
     (settings.max_part_size, "SHARDTOOL_MAX_PART_SIZE", "-1"),
     (settings.device, "SHARDTOOL_DEVICE", "tpu"),
     (settings.quiet, "SHARDTOOL_QUIET", "maybe"),
+    (settings.distributed, "SHARDTOOL_DISTRIBUTED", "2"),
+    (settings.distributed, "RUNAI_STREAMER_DIST", "nccl"),
+    (lambda _: settings.distributed_scope(), "RUNAI_STREAMER_DIST_GLOBAL", "node"),
+    (lambda _: settings.distributed_timeout(), "RUNAI_STREAMER_DIST_TIMEOUT", "1.5"),
+    (lambda _: settings.s3_unsigned(), "RUNAI_STREAMER_S3_UNSIGNED", "maybe"),
+    (lambda _: settings.s3_addressing(), "RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING", "path"),
 ]
 
 
@@ -130,3 +137,36 @@ def test_variables_of_torchrun_that_make_no_sense_are_refused(monkeypatch, value
     torchrun(monkeypatch, **values)
     with pytest.raises(UsageError, match=message):
         settings.torchrun()
+
+
+def test_how_users_of_run_ai_reach_their_servers(monkeypatch):
+    assert (settings.s3_endpoint(), settings.s3_unsigned(), settings.s3_addressing()) == (None, False, None)
+    monkeypatch.setenv("RUNAI_STREAMER_S3_ENDPOINT", "http://127.0.0.1:9000")
+    monkeypatch.setenv("RUNAI_STREAMER_S3_UNSIGNED", "1")
+    monkeypatch.setenv("RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING", "0")
+    assert (settings.s3_endpoint(), settings.s3_unsigned(), settings.s3_addressing()) == (
+        "http://127.0.0.1:9000",
+        True,
+        "path",
+    )
+    monkeypatch.setenv("RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING", "1")
+    assert settings.s3_addressing() == "virtual"
+
+
+@pytest.mark.parametrize(("said", "value"), DISTRIBUTED)
+def test_ranks_exchange_what_they_read_or_do_not_or_as_it_pays(monkeypatch, said, value):
+    assert settings.distributed(None) is None
+    monkeypatch.setenv("RUNAI_STREAMER_DIST", str(said))
+    assert settings.distributed(None) == value
+    monkeypatch.setenv("SHARDTOOL_DISTRIBUTED", "0" if value else "1")
+    assert settings.distributed(None) is not value
+    assert settings.distributed(said) == value
+
+
+def test_who_exchanges_and_how_long_users_of_run_ai_wait(monkeypatch):
+    assert (settings.distributed_scope(), settings.distributed_timeout()) == ("node", None)
+    monkeypatch.setenv("RUNAI_STREAMER_DIST_GLOBAL", "1")
+    monkeypatch.setenv("RUNAI_STREAMER_DIST_TIMEOUT", "5")
+    assert (settings.distributed_scope(), settings.distributed_timeout()) == ("global", 5)
+    monkeypatch.setenv("RUNAI_STREAMER_DIST_GLOBAL", "0")
+    assert settings.distributed_scope() == "node"

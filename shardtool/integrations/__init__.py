@@ -1,0 +1,1 @@
+"""Other projects' interfaces, offered by shardtool: one module for each."""
