@@ -154,7 +154,7 @@ def main() -> None:
             rows.append(("plan, layout file", *command(*plan, "--layout", layout)))
             print(f"layout file: {Path(layout).stat().st_size >> 10} KiB")
     print(f"{count} tensors, {size >> 30} GiB, tp {args.tp}")
-    measure.table(("", "wall s", "CPU s", "peak MiB so far"), rows)
+    print(measure.table(("", "wall s", "CPU s", "peak MiB so far"), rows))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def main() -> None:
             f"{measure.middle([run.cpu for run in found]):.2f}",
             f"{max(run.over for run in found) / measure.MIB:.0f}",
         )
-    measure.table(("tensors", "wall s, median", "CPU s, median", "MiB over the imports"), [row])
+    print(measure.table(("tensors", "wall s, median", "CPU s, median", "MiB over the imports"), [row]))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def main() -> None:
         rows.append(
             (name, f"{measure.middle(cpu):.3f}", f"{min(cpu):.3f}", f"{measure.middle([w for w, _ in found]):.3f}")
         )
-    measure.table(("command", "CPU s, median", "CPU s, least", "wall s, median"), rows)
+    print(measure.table(("command", "CPU s, median", "CPU s, least", "wall s, median"), rows))
     print(f"\nThe median of --help should be below {MOST} CPU s.")
 
 

@@ -5,10 +5,12 @@ Run as a script this module is the child: ``python benchmarks/measure.py '{"oper
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import mmap
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,10 @@ import numpy as np
 HERE = Path(__file__).parent
 GIB = 1 << 30
 MIB = 1 << 20
+
+
+class Failed(SystemExit):
+    """A child did not do what it was started for; the text is its stderr."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ def run(call: str, *args: Any, module: str = "", **kwargs: Any) -> Run:
         [sys.executable, HERE / "measure.py", json.dumps(job)], env=environ, capture_output=True, text=True, check=False
     )
     if child.returncode:
-        raise SystemExit(f"{call} failed:\n{child.stderr}")
+        raise Failed(f"{call} failed:\n{child.stderr}")
     return Run(**json.loads(child.stdout.splitlines()[-1]))
 
 
@@ -62,7 +69,7 @@ def command(*words: Any) -> tuple[float, float]:
     wall = time.monotonic() - began
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
-        raise SystemExit(f"{words} ended with {child.returncode}")
+        raise Failed(f"{words} ended with {child.returncode}")
     return wall, usage.ru_utime + usage.ru_stime
 
 
@@ -80,23 +87,79 @@ def back(gib: float) -> None:
         os.wait()
 
 
-def warm(folder: Path) -> None:
-    """Bring a folder's files into the page cache."""
+def files_of(*places: Path) -> list[Path]:
+    """The files of folders, and files that are named themselves."""
+    found = [path for place in places for path in ([place] if place.is_file() else sorted(place.rglob("*")))]
+    return [path for path in found if path.is_file()]
+
+
+def warm(*places: Path) -> None:
+    """Bring files into the page cache."""
     block = memoryview(bytearray(8 * MIB))
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb", buffering=0) as file:
-                while file.readinto(block):
-                    pass
+    for path in files_of(*places):
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(block):
+                pass
+
+
+def cold(*places: Path) -> None:
+    """Drop files from the page cache, and make sure that they are gone."""
+    every = files_of(*places)
+    for path in every:
+        fd = os.open(path, os.O_RDONLY)
+        os.fsync(fd)  # what is not on the disk yet would stay
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+    if cached(every) > 0.01 and os.geteuid() == 0:
+        Path("/proc/sys/vm/drop_caches").write_text("1")
+    if (share := cached(every)) > 0.01:
+        raise SystemExit(f"{share:.0%} of {every[0].parent} stay in the page cache: run this as root or elsewhere")
+
+
+def cached(files: Sequence[Path]) -> float:
+    """The share of some files' pages that is in the page cache."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    here = total = 0
+    for path in files:
+        size = path.stat().st_size
+        if not size:
+            continue
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ) as mapped:
+            pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+            at = np.frombuffer(mapped, np.uint8)
+            if libc.mincore(ctypes.c_void_p(at.ctypes.data), ctypes.c_size_t(size), pages):
+                raise OSError(ctypes.get_errno(), f"mincore {path}")
+            del at
+            here += int((np.frombuffer(memoryview(pages), np.uint8) & 1).sum())
+            total += len(pages)
+    return here / max(1, total)
 
 
 def sync(folder: Path) -> None:
     """Bring a folder's files to the disk."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            fd = os.open(path, os.O_RDONLY)
-            os.fsync(fd)
-            os.close(fd)
+    for path in files_of(folder):
+        fd = os.open(path, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+
+
+def machine(place: Path) -> dict[str, str]:
+    """What was measured on: the machine, the file system of a folder, and the versions of what we use."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with open("/proc/cpuinfo", encoding="utf-8") as lines:
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    with open("/proc/self/mounts", encoding="utf-8") as lines:
+        mounts = [line.split()[1:3] for line in lines]
+    at = str(place.resolve())
+    over = [(point, kind) for point, kind in mounts if at == point or at.startswith(point.rstrip("/") + "/")]
+    return {
+        "processor": f"{model or platform.machine()}, {os.cpu_count()} cores",
+        "memory": f"{memory / GIB:.0f} GiB",
+        "kernel": f"{platform.system()} {platform.release().partition('-')[0]}",
+        "file system": max(over, key=lambda one: len(one[0]))[1],
+        "Python": platform.python_version(),
+        **{name: metadata.version(name) for name in ("torch", "safetensors", "numpy", "blake3", "xxhash")},
+    }
 
 
 @contextmanager
@@ -106,12 +169,10 @@ def place(keep: str | None) -> Iterator[Path]:
         yield Path(folder)
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print a table in Markdown."""
-    print(f"| {' | '.join(heads)} |")
-    print(f"|{'|'.join('---' for _ in heads)}|")
-    for row in rows:
-        print(f"| {' | '.join(map(str, row))} |", flush=True)
+def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table in Markdown."""
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (heads, *rows)]
+    return "\n".join([lines[0], f"|{'|'.join('---' for _ in heads)}|", *lines[1:]])
 
 
 def middle(values: Sequence[float]) -> float:
@@ -127,28 +188,31 @@ def _child(text: str) -> None:
     call: Callable[..., Any]
     if job["module"]:
         call = getattr(importlib.import_module(job["module"]), operation)
+    elif operation == "stream":
+        import contestants
+
+        call = contestants.ours().stream
     else:
         import blake3  # noqa: F401
         import numpy  # noqa: F401
         import xxhash  # noqa: F401
 
-        within = {"stream": "load", "measure": "load"}.get(operation, operation)
-        call = getattr(importlib.import_module(f"shardtool.ops.{within}"), operation)
-        if within == "load":
-            import shardtool.sinks.tensor  # noqa: F401
+        import shardtool.stores.local
+
+        call = getattr(shardtool, operation)
     idle = threading.Thread(target=int)
     idle.start()
     idle.join()
     before, wall, cpu = peak_memory(), time.monotonic(), time.process_time()
     found = call(*args, **kwargs)
-    if operation in ("stream", "streamed"):
+    if operation == "stream":
         found = sum(tensor.nbytes for _, tensor in found)
     said = {
         "wall": time.monotonic() - wall,
         "cpu": time.process_time() - cpu,
         "over": peak_memory() - before,
         "torch": "torch" in sys.modules,
-        "value": found if isinstance(found, int | float | dict) else None,
+        "value": found if isinstance(found, int | float | dict) else getattr(found, "ok", None),
     }
     print(json.dumps(said))
 

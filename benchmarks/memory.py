@@ -48,7 +48,7 @@ def main() -> None:
         places = {"hf": args.model or folder / "hf", "tp8": folder / "tp8"}
         if args.model is None:
             size = parse_size(args.size, "--size")
-            models.write(places["hf"], models.of_size(size, vocab=32000 if size > measure.GIB else 8192))
+            models.write(places["hf"], models.of_size(size))
         measure.run("save", places["hf"], places["tp8"], tp=8)
         print(f"the largest tensor has {largest(places['hf']) / measure.MIB:.0f} MiB\n")
         rows = []
@@ -57,8 +57,10 @@ def main() -> None:
             options = {k: str(places[v]) if k == "against" else v for k, v in given.items()}
             limits = ("128MiB" if operation == "save" else "64MiB", "24MiB", "0")
             rows += [measured(folder, operation, name, places[source], limit, options) for limit in limits]
-        measure.table(
-            ("operation", "--memory-limit", "over the imports, MiB", "over the limit, MiB", "torch", "wall s"), rows
+        print(
+            measure.table(
+                ("operation", "--memory-limit", "over the imports, MiB", "over the limit, MiB", "torch", "wall s"), rows
+            )
         )
 
 

@@ -107,9 +107,12 @@ def write(out: Path, cfg: dict[str, object], *, sparse: bool = False, most: int 
     return total
 
 
-def of_size(nbytes: int, *, hidden: int = 2048, vocab: int = 32000) -> dict[str, object]:
-    """The config of a Llama of about ``nbytes``."""
-    inter, heads, kv = hidden * 11 // 4, hidden // 64, 8
+def of_size(nbytes: int, *, hidden: int | None = None, vocab: int | None = None) -> dict[str, object]:
+    """The config of a Llama of about ``nbytes``; a small one is narrow and knows few words, so that it has layers."""
+    hidden = hidden or (2048 if nbytes >= 128 << 20 else 512)
+    vocab = vocab or (32000 if nbytes >= 1 << 30 else 4 * hidden)
+    inter, heads = hidden * 11 // 4, hidden // 64
+    kv = min(8, heads)
     layer = 2 * (2 * hidden * hidden + 2 * kv * 64 * hidden + 3 * hidden * inter)
     layers = max(1, round((nbytes - 4 * vocab * hidden) / layer))
     return config(hidden=hidden, layers=layers, inter=inter, heads=heads, kv_heads=kv, vocab=vocab)
@@ -118,6 +121,11 @@ def of_size(nbytes: int, *, hidden: int = 2048, vocab: int = 32000) -> dict[str,
 def of_tensors(count: int) -> dict[str, object]:
     """The config of a Llama with about ``count`` tensors, small ones."""
     return config(hidden=1024, layers=count // 9, inter=2048, heads=16, kv_heads=8, vocab=32000)
+
+
+def of_many(count: int) -> dict[str, object]:
+    """The config of a Llama whose shards at tp 1 have about ``count`` tensors, of 71 KiB on average."""
+    return config(hidden=128, layers=max(1, (count - 3) // 6), inter=384, heads=2, kv_heads=2, vocab=4096)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What people do without shardtool: the re-shard script with safetensors, and loading with safetensors.
+"""What people do without shardtool: the script that re-shards with safetensors.
 
 ``reshard`` writes the very tensors that ``shardtool save`` writes for a Llama whose vocabulary needs no padding.
 """
@@ -47,16 +47,3 @@ def reshard(model: str, out: str, *, tp: int) -> int:
         save_file(made, Path(out, f"model-rank-{rank}-part-0.safetensors"))
         total += sum(tensor.nbytes for tensor in made.values())
     return total
-
-
-def load(model: str) -> int:
-    """Every file, mapped; each page is touched, since nothing is read before."""
-    tensors = [tensor for path in sorted(Path(model).glob("*.safetensors")) for tensor in load_file(path).values()]
-    for tensor in tensors:
-        tensor.view(-1).view(torch.uint8)[::4096].sum()
-    return sum(tensor.nbytes for tensor in tensors)
-
-
-def load_owned(model: str) -> int:
-    """Every file, as tensors that own their memory and do not change when the file does."""
-    return sum(t.clone().nbytes for path in sorted(Path(model).glob("*.safetensors")) for t in load_file(path).values())

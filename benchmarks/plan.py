@@ -37,7 +37,7 @@ def main() -> None:
                     f"{max(run.over for run in found) / measure.MIB:.0f}",
                 )
             )
-    measure.table(("--memory-limit", "wall s, median", "CPU s, median", "MiB over the imports"), rows)
+    print(measure.table(("--memory-limit", "wall s, median", "CPU s, median", "MiB over the imports"), rows))
 
 
 if __name__ == "__main__":

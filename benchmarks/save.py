@@ -1,115 +1,107 @@
-"""How fast are the operations, beside ``cp`` and what people do with safetensors? GiB/s, and CPU seconds for each GiB.
+"""How fast are the operations that write, beside ``cp`` and what people do with safetensors?
 
-python benchmarks/save.py [--size 512MiB] [--model DIR] [--tp 4] [--runs 3] [--back 0]
+python benchmarks/save.py [--size 256MiB] [--tp 4] [--runs 3] [--back 0] [--json FILE]
 
-Contestants take turns, so that what disturbs the machine disturbs all of them. Files are in the page cache. shardtool
-brings every file to the disk before it is named; for the others that is measured apart. On a virtual machine whose host
-takes free memory back, ``--back N`` makes N GiB present before each run: otherwise the host's faults are measured.
+The source is in the page cache. shardtool brings every file to the disk before it is named; for the others that is done
+after they have ended, and counted. Its operations compute two digests of every byte on the way.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import contest
 import measure
 import models
+from contest import Contest, Contestant, Row, Sample
 
 from shardtool.units import parse_size
 
-Result = tuple[float, float, float]  # wall, wall of bringing files to the disk, CPU
+COPY = "cp -r"
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="512MiB")
+    parser.add_argument("--size", default="256MiB")
     parser.add_argument("--model", type=Path, help="a model that is there already")
     parser.add_argument("--tp", type=int, default=4)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--back", type=float, default=0)
+    parser.add_argument("--back", type=float, default=0, help="GiB of memory to make present before each run")
     parser.add_argument("--limit", default="1GiB")
-    parser.add_argument("--dir", help="where to work; needs four times the model's size")
+    parser.add_argument("--only", metavar="TEXT", help="contestants whose name has this; cp is always there")
+    parser.add_argument("--dir", help="where to work; needs three times the model's size")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured there, too")
     args = parser.parse_args()
     with measure.place(args.dir) as folder:
         model = args.model or folder / "hf"
         if args.model is None:
             models.write(model, models.of_size(parse_size(args.size, "--size")))
-        compare(folder, model, args)
+        found = compare(folder, model, args)
+    print(f"{found.said()}\n\n{found.table()}\n")
+    print("".join(f"{line}\n" for line in found.verdicts()))
+    if args.json:
+        args.json.write_text(json.dumps({"contests": [found.to_json()]}))
 
 
-def compare(folder: Path, model: Path, args: argparse.Namespace) -> None:
-    """Run everything in turns and print the table."""
+def compare(folder: Path, model: Path, args: argparse.Namespace) -> Contest:
+    """Run everything in turns."""
     shards, out = folder / "shards", folder / "out"
-    measure.run("save", model, shards, tp=args.tp)
+    limit, tp = parse_size(args.limit, "--limit"), args.tp
+    measure.run("save", model, shards, tp=tp)
     size = sum(path.stat().st_size for path in model.glob("*.safetensors")) / measure.GIB
-    limit = {"memory_limit": args.limit}
 
-    def ours(operation: str, source: Path, writes: bool, **options: object) -> Result:
-        found = measure.run(operation, source, *([out] if writes else []), **limit, **options)
-        return found.wall, 0.0, found.cpu
+    def synced(wall: float, cpu: float, over: int = 0) -> Sample:
+        began, used = time.monotonic(), time.process_time()
+        measure.sync(out)
+        return Sample(wall + time.monotonic() - began, cpu + time.process_time() - used, over)
 
-    def peer(name: str, *paths: Path, **options: object) -> Result:
-        found = measure.run(name, *paths, module="peers", **options)
-        return found.wall, synced(), found.cpu
+    def copied() -> Sample:
+        return synced(*measure.command("cp", "-r", model, out))
 
-    def copied() -> Result:
-        wall, cpu = measure.command("cp", "-r", model, out)
-        return wall, synced(), cpu
+    def scripted() -> Sample:
+        found = measure.run("reshard", model, out, module="peers", tp=tp)
+        return synced(found.wall, found.cpu, found.over)
 
-    def synced() -> float:
-        began = time.monotonic()
-        if out.exists():
-            measure.sync(out)
-        return time.monotonic() - began
+    def ours(operation: str, source: Path, **options: Any) -> Sample:
+        found = measure.run(operation, source, out, memory_limit=limit, **options)
+        return Sample(found.wall, found.cpu, found.over)
 
-    contestants: dict[str, Callable[[], Result]] = {
-        "cp": copied,
-        f"safetensors, slice, save (tp {args.tp})": lambda: peer("reshard", model, out, tp=args.tp),
-        f"shardtool save (tp {args.tp})": lambda: ours("save", model, True, tp=args.tp),
-        f"shardtool reshard ({args.tp} to {2 * args.tp}), unverified": lambda: ours(
-            "reshard", shards, True, tp=2 * args.tp, verify=False
+    def entry(name: str, kind: str, source: Path, call: Callable[[], Sample]) -> Contestant:
+        sources[name] = source
+        return Row(name, kind, limit if name.startswith(contest.OURS) else 0), call
+
+    sources: dict[str, Path] = {}
+    every = [
+        entry(COPY, "copy", model, copied),
+        entry(f"safetensors, slice, save (tp {tp})", "save", model, scripted),
+        entry(f"shardtool save (tp {tp})", "save", model, partial(ours, "save", model, tp=tp)),
+        entry(f"shardtool reshard ({tp} to {2 * tp})", "reshard", shards, partial(ours, "reshard", shards, tp=2 * tp)),
+        entry(
+            f"shardtool reshard ({tp} to {2 * tp}), unverified",
+            "reshard",
+            shards,
+            partial(ours, "reshard", shards, tp=2 * tp, verify=False),
         ),
-        f"shardtool reshard ({args.tp} to {2 * args.tp})": lambda: ours("reshard", shards, True, tp=2 * args.tp),
-        "shardtool merge, unverified": lambda: ours("merge", shards, True, verify=False),
-        "shardtool merge": lambda: ours("merge", shards, True),
-        "shardtool verify": lambda: ours("verify", shards, False),
-        "shardtool verify --against": lambda: ours("verify", shards, False, against=str(model)),
-        "safetensors load_file, touched": lambda: peer("load", model),
-        "safetensors load_file, cloned": lambda: peer("load_owned", model),
-        "shardtool stream, verified": lambda: ours("measure", shards, False),
-        "shardtool stream, unverified": lambda: ours("measure", shards, False, verify=False),
-    }
-    found: dict[str, list[Result]] = {name: [] for name in contestants}
-    for _ in range(args.runs):
-        for name, contestant in contestants.items():
-            shutil.rmtree(out, ignore_errors=True)
-            for place in (model, shards):
-                measure.warm(place)
-            measure.back(args.back)
-            found[name].append(contestant())
-    rows = []
-    base = measure.middle([cpu for _, _, cpu in found["cp"]])
-    for name, results in found.items():
-        wall = measure.middle([wall + disk for wall, disk, _ in results])
-        cpu = [cpu for _, _, cpu in results]
-        rows.append(
-            (
-                name,
-                f"{measure.middle([wall for wall, _, _ in results]):.2f}",
-                f"{measure.middle([disk for _, disk, _ in results]):.2f}",
-                f"{size / wall:.2f}",
-                f"{measure.middle(cpu) / size:.3f}",
-                f"{min(cpu) / size:.3f}",
-                f"{measure.middle(cpu) / base:.2f}",
-            )
-        )
-    print(f"{size:.2f} GiB, {args.runs} runs in turns, page cache warm, {args.back} GiB backed before each\n")
-    heads = ("contestant", "wall s", "+ fsync s", "GiB/s with fsync", "CPU-s/GiB, median", "least", "CPU, cp = 1")
-    measure.table(heads, rows)
+        entry("shardtool merge", "merge", shards, partial(ours, "merge", shards)),
+        entry("shardtool merge, unverified", "merge", shards, partial(ours, "merge", shards, verify=False)),
+    ]
+    chosen = [one for one in every if not args.only or args.only in one[0].name or one[0].name == COPY]
+
+    def before(row: Row) -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        measure.warm(sources[row.name])
+        measure.back(args.back)
+
+    rows = contest.take_turns(chosen, args.runs, before)
+    return Contest("writing", size, args.runs, args.back, limit, "the limit, MiB", rows, COPY)
 
 
 if __name__ == "__main__":

@@ -37,11 +37,13 @@ from shardtool.errors import (
 )
 
 if TYPE_CHECKING:
+    from shardtool.ops.bench import bench
     from shardtool.ops.inspect import inspect
     from shardtool.ops.load import load, load_into, stream
     from shardtool.ops.merge import merge
     from shardtool.ops.model import load_model
     from shardtool.ops.reshard import reshard
+    from shardtool.ops.safe import load_file, safe_open
     from shardtool.ops.save import save
     from shardtool.ops.trace import trace
     from shardtool.ops.verify import verify
@@ -50,13 +52,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "bench": "shardtool.ops.bench",
     "inspect": "shardtool.ops.inspect",
     "load": "shardtool.ops.load",
+    "load_file": "shardtool.ops.safe",
     "load_into": "shardtool.ops.load",
     "load_model": "shardtool.ops.model",
     "merge": "shardtool.ops.merge",
     "open_store": "shardtool.stores",
     "reshard": "shardtool.ops.reshard",
+    "safe_open": "shardtool.ops.safe",
     "save": "shardtool.ops.save",
     "stream": "shardtool.ops.load",
     "trace": "shardtool.ops.trace",
@@ -80,13 +85,16 @@ __all__ = [
     "UnsupportedModel",
     "UnsupportedTransform",
     "UsageError",
+    "bench",
     "inspect",
     "load",
+    "load_file",
     "load_into",
     "load_model",
     "merge",
     "open_store",
     "reshard",
+    "safe_open",
     "save",
     "stream",
     "trace",

@@ -19,7 +19,7 @@ from shardtool.cli.program import Program
 from tests import builders
 from tests.commands import RANK_1, ROOT, Ended, apart, damage, environment, here
 
-COMMANDS = ("inspect", "load", "merge", "reshard", "save", "trace", "verify")
+COMMANDS = ("bench", "inspect", "load", "merge", "reshard", "save", "trace", "verify")
 
 
 @pytest.fixture(params=[here, apart], ids=["in this process", "in its own process"])
@@ -62,7 +62,7 @@ def test_every_flag_explains_itself_and_stands_in_the_document(name):
 
 def test_the_defaults_that_help_tells_are_those_of_the_operations():
     from shardtool import budget, pattern
-    from shardtool.ops import limits, load, merge, save
+    from shardtool.ops import limits, merge, save, stream
     from shardtool.units import parse_size
 
     def told(name: str, flag: str) -> str:
@@ -74,10 +74,8 @@ def test_the_defaults_that_help_tells_are_those_of_the_operations():
     most = told("save", "--memory-limit").removeprefix("half of what is free, ").removesuffix(" at most")
     assert parse_size(most, "") == budget.DEFAULT_MOST
     assert told("save", "--pattern") == told("reshard", "--pattern") == pattern.DEFAULT
-    assert [told(name, "--concurrency") for name in ("save", "load")] == [
-        str(limits.CONCURRENCY),
-        str(load.CONCURRENCY),
-    ]
+    assert told("save", "--concurrency") == str(limits.CONCURRENCY)
+    assert told("load", "--concurrency") == f"{stream.LOCAL}, and {stream.CONCURRENCY} for storage that is far away"
 
 
 def test_without_a_command_help_goes_to_stderr_and_the_code_is_that_of_usage(shardtool):
@@ -109,8 +107,14 @@ def test_a_model_is_saved_checked_loaded_resharded_and_merged_back(shardtool, wo
 
     loaded = shardtool("load", "tp4")
     assert (loaded.code, loaded.err) == (0, "")
-    assert [line.split()[:3] for line in loaded.out.splitlines()[:-1]] == [["rank", str(r), "cpu"] for r in range(4)]
-    assert ", digests checked, peak memory " in loaded.out.splitlines()[-1]
+    *ranks, whole, spent = loaded.out.splitlines()
+    assert [line.split()[:3] for line in ranks] == [["rank", str(r), "cpu"] for r in range(4)]
+    assert ", digests checked, peak memory " in whole
+    assert re.fullmatch(
+        r"time of \d+ readers: storage \S+ s, digests \S+ s; waited \S+ s for data and \S+ s for the consumer; "
+        r"storage was busy \d+% of the time and gave [\d.]+ GB/s then",
+        spent,
+    )
 
     assert shardtool("reshard", "tp4", "--tp", "2", "-o", "tp2").code == 0
     assert shardtool("merge", "tp2", "-o", "merged").code == 0
@@ -424,6 +428,7 @@ def test_json_of_the_other_commands_has_the_documented_keys(shardtool, shards):
     inspected = shardtool("inspect", "tp2", "--tensors", "*norm*", "--json").json
     assert set(inspected) == documented("inspect")
     assert {"name", "rank", "key", "dtype", "shape", "bytes"} == set(inspected["tensor_list"][0])
+    assert set(shardtool("bench", "tp2", "--seconds", "0.1", "--json").json) == documented("bench")
 
 
 def test_damage_in_json_is_a_report_and_not_an_error(shards):

@@ -27,14 +27,16 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 # A floor, what stands on it, and the floors that it may import besides itself. The names are fnmatch patterns of
 # modules below shardtool; "." is shardtool/__init__.py. A module belongs to the first line that names it.
 FLOORS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "L0 words":      (("errors", "dtypes", "window", "units", "parallel"),     ()),
+    "L0 words":      (("errors", "dtypes", "window", "units", "parallel",
+                       "calm"),                                                ()),
     "L1 nouns":      (("plan", "mosaic", "schedule", "header", "digest",
                        "recipe", "recipe_json", "fold", "inventory",
                        "manifest", "pattern", "unpickle", "torchfile"),        ("L0 words",)),
     "L2a layouts":   (("layouts", "layouts.*"),                                ("L0 words", "L1 nouns")),
     "L2b stores":    (("stores", "stores.*"),                                  ("L0 words", "L1 nouns")),
-    "L3 engine":     (("budget", "buffers", "cast", "sinks", "sinks.*",
-                       "engine", "checkpoint", "torchread", "computed"),       ("L0 words", "L1 nouns", "L2a layouts",
+    "L3 engine":     (("container", "budget", "cast", "sinks", "sinks.*",
+                       "engine", "checkpoint", "torchread", "computed",
+                       "segments", "exchange", "checked"),                    ("L0 words", "L1 nouns", "L2a layouts",
                                                                                 "L2b stores")),
     "L3 tracing":    (("tracing", "tracing.*"),                                ("L0 words", "L1 nouns", "L2a layouts",
                                                                                 "L3 engine")),
@@ -54,8 +56,9 @@ FLOORS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 # Whose import is a privilege: the package, and the modules or floors that may import it.
 PRIVILEGES: dict[str, tuple[str, ...]] = {
-    "torch":    ("sinks.tensor*", "sinks.cuda*", "ops.load", "ops.model", "ops.tp_plan", "cast", "dtypes", "computed",
-                 "L3 tracing"),
+    "torch":    ("sinks.tensor", "sinks.segment", "sinks.device", "exchange", "cast", "dtypes", "computed",
+                 "ops.load", "ops.measure", "ops.stream", "ops.borrow", "ops.slices", "ops.bring", "ops.together",
+                 "ops.safe", "ops.model", "ops.tp_plan", "L3 tracing", "integrations.*"),
     "boto3":    ("stores.*",),
     "botocore": ("stores.*",),
     "click":    ("L5 faces", "the front"),
@@ -70,7 +73,8 @@ PURE_PATHS = ("PurePath", "PurePosixPath")    # the part of pathlib that is only
 
 QUIET_UP_TO = "L4 operations"                 # this floor and those before it never print
 # The only one that reads environment variables; an engine that is traced is set up by variables in its own process.
-ENVIRONMENT = ("settings", "tracing.vllm", "tracing.sglang")
+# What a launcher says of the node is no configuration.
+ENVIRONMENT = ("settings", "container", "tracing.vllm", "tracing.sglang")
 MOST_LINES = 500
 # fmt: on
 

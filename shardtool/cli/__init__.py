@@ -1,4 +1,4 @@
-"""The command line: ``shardtool save|load|verify|reshard|merge|inspect|trace``.
+"""The command line: ``shardtool save|load|verify|reshard|merge|inspect|trace|bench``.
 
 ::
 
@@ -6,13 +6,14 @@
     options     flags that several commands share, and what their values may be
     commands    one function per command: flags -> settings -> operation -> report
     reports     what an operation returned, as lines, tables and JSON
+    bench       the command of this name, with its report
 
 Only click is imported until a command runs.
 """
 
 from __future__ import annotations
 
-from shardtool.cli import commands
+from shardtool.cli import bench, commands
 from shardtool.cli.program import main
 
-__all__ = ["commands", "main"]
+__all__ = ["bench", "commands", "main"]

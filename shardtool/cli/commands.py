@@ -78,7 +78,7 @@ def _loaded(*uris: str | None) -> Memory:
 @click.option(
     "--keep-dropped", is_flag=True, help="Keep every source tensor that no rank needs, whatever its size, for merge."
 )
-@options.resources(8)
+@options.resources()
 @options.writing
 @options.speech
 def save(model: str, tp: int, output: str, **flags: Any) -> int:
@@ -130,7 +130,7 @@ def save(model: str, tp: int, output: str, **flags: Any) -> int:
 @options.part_size
 @options.verified_input
 @options.ranks
-@options.resources(8)
+@options.resources()
 @options.writing
 @options.speech
 def reshard(uri: str, tp: int, output: str, **flags: Any) -> int:
@@ -169,7 +169,7 @@ def reshard(uri: str, tp: int, output: str, **flags: Any) -> int:
 @options.pattern(options.READ_PATTERN, "--source-pattern")
 @options.merged_size
 @options.verified_input
-@options.resources(8)
+@options.resources()
 @options.writing
 @options.speech
 def merge(uri: str, output: str, **flags: Any) -> int:
@@ -224,33 +224,44 @@ def _write(
     metavar="DEVICE",
     help="cpu, cuda or cuda:0; under torchrun cuda is the process's own GPU.  [default: cpu]",
 )
-@options.resources(16)
+@options.resources("8, and 16 for storage that is far away")
 @click.option("--verify/--no-verify", default=True, help="Check digests while reading.  [default: verify]")
+@click.option(
+    "--distributed",
+    metavar="1|0|auto",
+    help="Under torchrun: read whole tensors once for all processes of a node, and exchange them.  [default: auto, "
+    "for storage that is not this machine's]",
+)
 @options.pattern(options.READ_PATTERN)
 @options.speech
 def load(uri: str, **flags: Any) -> int:
     """Load tensors into memory, drop them, and say how fast it was.
 
-    Under torchrun each process loads its own rank. cuda without a number spreads ranks over the GPUs.
+    Under torchrun each process loads its own rank, or all of them the same whole tensors. cuda without a number spreads
+    ranks over the GPUs.
     """
     import_module("shardtool.sinks.tensor")  # torch, which the operation imports later
     from shardtool.cli import reports
-    from shardtool.ops.load import measure
+    from shardtool.ops.measure import joined, measure
 
     memory = _loaded(uri)
     silent, wants_json = settings.quiet(flags["quiet"]), flags["wants_json"]
     started = settings.torchrun()
-    rank = started[0] if started and flags["rank"] is None else flags["rank"]
     device = settings.device(flags["device"]) or "cpu"
-    with display.progress("load", shown=not (silent or wants_json)) as tell:
+    said = settings.distributed(flags["distributed"])
+    distributed = "auto" if said is None else said
+    shown = display.progress("load", shown=not (silent or wants_json))
+    with joined(uri, distributed, device), shown as tell:
         found = measure(
             uri,
-            rank=rank,
+            rank=flags["rank"],
+            own=started[0] if started else None,
             device=device,
             concurrency=settings.concurrency(flags["concurrency"]),
             memory_limit=settings.memory_limit(flags["memory_limit"]),
             verify=flags["verify"],
             pattern=flags["pattern"],
+            distributed=distributed,
             progress=tell,
         )
     reports.Loaded(found, memory).show(quiet=silent, wants_json=wants_json)
@@ -273,7 +284,7 @@ def load(uri: str, **flags: Any) -> int:
 )
 @options.asked_engine
 @options.pattern(options.READ_PATTERN)
-@options.resources(8)
+@options.resources()
 @options.speech
 def verify(uri: str, **flags: Any) -> int:
     """Check that a checkpoint is whole and its bytes are those that were written.

@@ -139,8 +139,8 @@ verified_input = click.option(
 )
 
 
-def resources(readers: int) -> Callable[[F], F]:
-    """``--memory-limit`` and ``--concurrency``, which is ``readers`` by default."""
+def resources(readers: str = "8") -> Callable[[F], F]:
+    """``--memory-limit`` and ``--concurrency``, whose default is told as ``readers``."""
     return _all(
         click.option(
             "--memory-limit",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from shardtool.layouts.file import Traced as AtSizes
     from shardtool.ops.inspect import Inspection
     from shardtool.ops.job import Summary
-    from shardtool.ops.load import LoadReport
+    from shardtool.ops.measure import LoadReport
     from shardtool.ops.structure import FileCheck
     from shardtool.ops.verify import Report, TensorDifference
 
@@ -140,6 +140,21 @@ class Loaded:
                 f"{report.uri}: {counted(report.tensors, 'tensor')}, {_took(report.bytes, report.seconds)}, "
                 f"digests {'' if report.verified else 'not '}checked, peak memory {show_size(report.peak_memory)}"
             )
+            if report.bytes:
+                display.out(_where_time_went(report))
+
+
+def _where_time_went(report: LoadReport) -> str:
+    """One line: what the threads did, who waited for whom, and how far it was from what the storage gives."""
+    stages, wall = report.stages, max(report.seconds, 1e-9)
+    named = {"storage": "storage", "hash": "digests", "copy": "copies", "exchange": "exchange"}
+    always = ("storage", "hash") if report.verified else ("storage",)
+    shown = [stage for stage in named if stage in always or stages[stage] >= 0.0005]
+    spent = [f"{named[stage]} {show_seconds(stages[stage])}" for stage in shown]
+    busy = min(report.storage_busy, wall)
+    waited = f"waited {show_seconds(stages['data'])} for data and {show_seconds(stages['room'])} for the consumer"
+    limit = f"storage was busy {busy / wall:.0%} of the time and gave {show_speed(report.bytes, busy)} then"
+    return f"time of {counted(report.readers, 'reader')}: {', '.join(spent)}; {waited}; {limit}"
 
 
 @dataclass(frozen=True, slots=True)

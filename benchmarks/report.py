@@ -1,0 +1,192 @@
+"""Makes docs/benchmarks.md of what the benchmarks measured.
+
+python benchmarks/report.py [--data benchmarks/results.json] [--out docs/benchmarks.md]
+
+``all.py`` runs the benchmarks and writes the data. What is said about the numbers in general stands here; what depends
+on them, who is ahead of us among it, is made of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import measure
+from contest import MAPPING, Contest
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / "benchmarks" / "results.json"
+PAGE = ROOT / "docs" / "benchmarks.md"
+
+HEAD = """\
+# Benchmarks
+
+Each file in `benchmarks/` asks one question, runs alone with small defaults and prints a table; `python
+benchmarks/all.py` runs all of them and makes this page of what they measured. Nothing below is written by hand but the
+explanations.
+"""
+
+READING = """\
+## How to read the tables
+
+**Noise.** On a virtual machine, wall times of what writes vary by half from run to run, those of what reads by a
+quarter, CPU seconds by a tenth to a fifth; smaller differences mean nothing. A disk that grants bursts is faster at
+first than later. Memory figures repeat to within 1 MiB. Compare rows of one table, not tables of different days.
+
+**What is counted.** Every run is a process of its own and the contestants take turns, each round in another order; wall
+and CPU seconds are medians, *least* is the smallest. Imports are outside the clock; opening files, headers and the
+manifest are inside. The host of a virtual machine takes free memory back, and getting it again would be what is
+measured, so that memory is made present before each run. CPU seconds are those of all threads, the kernel's on their
+behalf included. *Over the imports* is the peak of resident memory (VmHWM) less that right after the imports.
+"""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One script's part of the page."""
+
+    script: str
+    title: str
+    text: str
+
+
+SECTIONS = (
+    Section(
+        "load",
+        "Loading",
+        """\
+Tensors are brought to a consumer on the CPU that reads each byte once, in the same way for all (a pass of xxh3_64 over
+the tensor where it lies; about 0.04 CPU-s/GiB of every row). The sum of these digests is that of an independent reader,
+or there is no table. shardtool reads a checkpoint that it saved: with its digests checked, and without. The others read
+the same files.
+
+*owned*: each tensor has memory of its own, and all are kept. *stream*: one after the other under a memory limit; what
+is held is the largest tensor. *mapping*: tensors are the file's own pages, which are read when they are touched, and
+change when the file does; nothing is copied, and nothing can be checked beforehand.
+
+Run:ai reads with 16 threads, and past the page cache also where the files are in it; tensorizer reads a format of its
+own. InstantTensor is missing because it takes CUDA devices only.""",
+    ),
+    Section(
+        "save",
+        "Writing",
+        """\
+A source in the page cache is written as shards (`save`), shards as others (`reshard`) and as whole tensors (`merge`),
+beside a plain copy and the script that people write with safetensors. All are on the disk when the clock stops, by
+fsync. shardtool computes two digests of every byte on the way, and checks those of its input first unless it says
+*unverified*.""",
+    ),
+    Section(
+        "verify",
+        "Verifying",
+        """\
+`verify` reads every byte and computes its blake3 and xxh3_128, beside a bare loop that does the same with blocks of
+8 MiB and all cores, and knows nothing of tensors. From the disk, the files are dropped from the page cache before each
+run and the loop reads past it; without hashing that is the disk's own rate, which is shown and not compared.""",
+    ),
+    Section(
+        "memory",
+        "Memory",
+        """\
+A limit of 24 MiB is below the largest tensor, 0 is the least that does. 16 MiB over the limit is what we allow.
+`stream` limits what is read ahead; the tensor at hand, and one that is larger than the limit, are allowed on top, hence
+negative figures.""",
+    ),
+    Section("help", "Start", "CPU seconds of a whole process."),
+    Section(
+        "headers",
+        "Headers",
+        "`inspect` of sparse files, from the headers alone; below a second is wanted for 20,000 tensors.",
+    ),
+    Section(
+        "plan",
+        "Plans",
+        "`save --dry-run`: every step is planned, nothing is read but headers and samples.",
+    ),
+    Section(
+        "experts",
+        "Mixtures of experts",
+        """\
+DeepSeek-V3 in fp8 with blocks, all its tensors as a sparse file: `save --dry-run`, which plans every step of the
+conversion, by the built-in table; where an engine is at hand also the trace of its own loader, eight ranks one after
+the other, and the plan by the layout file of it. The whole process is counted, the engine's libraries included; the
+peak is the highest so far.""",
+    ),
+)
+
+QUESTIONS = {
+    "warm-owned": "Files in the page cache, tensors kept",
+    "warm-stream": "Files in the page cache, streamed",
+    "cold-stream": "Files on the disk, streamed",
+    "many": "One file of many small tensors, in the page cache",
+    "writing": "",
+    "verify, warm": "From the page cache",
+    "verify, cold": "From the disk",
+}
+
+
+def render(data: dict[str, Any]) -> str:
+    """The page."""
+    parts = [HEAD, _machine(data), READING, *_losses(data)]
+    there = data["sections"]
+    parts += [_section(section, there[section.script]) for section in SECTIONS if section.script in there]
+    return "\n".join(part.strip("\n") + "\n" for part in parts)
+
+
+def _machine(data: dict[str, Any]) -> str:
+    rows = [*data["machine"].items(), *data["peers"].items()]
+    small = [found["command"].split()[1] for found in data["sections"].values() if not found["full"]]
+    said = f"Measured on {data['date']}."
+    if small:
+        said += f" These ran at a small size, to see that they work, and their numbers say little: {', '.join(small)}."
+    return f"## The machine\n\n{said}\n\n{measure.table(('', ''), rows)}\n"
+
+
+def contests(data: dict[str, Any]) -> Iterator[Contest]:
+    """Every contest, in the order of the page."""
+    for section in SECTIONS:
+        for found in data["sections"].get(section.script, {}).get("contests", ()):
+            yield Contest.of_json(found)
+
+
+def _losses(data: dict[str, Any]) -> Iterator[str]:
+    lost = [line for one in contests(data) for line in one.losses()]
+    yield "## Where we lose\n"
+    if not lost:
+        yield "Nowhere, in the tables below.\n"
+        return
+    heads = ("question", "ahead of us", "us", "wall s", "CPU-s/GiB")
+    yield (
+        "Every row below that is faster than one of ours, or uses less CPU, whatever the difference: theirs to ours.\n"
+        f"Only who does the same is compared; those who hand out a {MAPPING}, a plain copy and a bare loop besides.\n"
+    )
+    yield measure.table(heads, lost)
+
+
+def _section(section: Section, found: dict[str, Any]) -> str:
+    parts = [f"## {section.title}: `{found['command']}`", section.text]
+    for given in found.get("contests", ()):
+        one = Contest.of_json(given)
+        title = QUESTIONS[one.question]
+        parts += [f"### {title}"] if title else []
+        parts += [one.said(), one.table()]
+        parts += ["\n".join(f"* {line}" for line in one.verdicts())]
+    parts += [found["text"]] if "text" in found else []
+    return "\n\n".join(part.strip("\n") for part in parts if part)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--out", type=Path, default=PAGE)
+    args = parser.parse_args()
+    args.out.write_text(render(json.loads(args.data.read_text())))
+
+
+if __name__ == "__main__":
+    main()

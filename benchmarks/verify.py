@@ -1,0 +1,101 @@
+"""How fast does ``shardtool verify`` read and hash, beside a bare loop that does the same with all cores?
+
+python benchmarks/verify.py [--size 256MiB] [--runs 3] [--back 0] [--json FILE]
+
+Four files and one file, from the page cache and from the disk, from whose files the page cache is dropped before each
+run. The bare loop (bare.py) reads blocks of 8 MiB into reused memory and computes a blake3 and an xxh3_128 of each;
+from the disk it reads past the page cache, also without hashing, which is the disk's own rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import contest
+import measure
+import models
+from contest import Contest, Contestant, Row, Sample
+
+from shardtool.units import parse_size
+
+LOOP = "bare loop, hashed"
+READERS = 8
+"""Threads that keep a disk busy."""
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="256MiB")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--back", type=float, default=0, help="GiB of memory to make present before each run")
+    parser.add_argument("--limit", default="256MiB")
+    parser.add_argument("--dir", help="where to work; needs three times the model's size")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured there, too")
+    args = parser.parse_args()
+    with measure.place(args.dir) as folder:
+        many, one = prepare(folder, parse_size(args.size, "--size"))
+        found = [compare(kind, many, one, args) for kind in ("warm", "cold")]
+    if args.json:
+        args.json.write_text(json.dumps({"contests": [each.to_json() for each in found]}))
+
+
+def prepare(folder: Path, size: int) -> tuple[Path, Path]:
+    """The same model in four files, for four ranks, and in one."""
+    many, one = folder / "tp4", folder / "tp1"
+    total = models.write(folder / "hf", models.of_size(size))
+    measure.run("save", folder / "hf", many, tp=4, max_part_size=2 * total)
+    measure.run("save", folder / "hf", one, tp=1, max_part_size=2 * total)
+    shutil.rmtree(folder / "hf")
+    return many, one
+
+
+def compare(kind: str, many: Path, one: Path, args: argparse.Namespace) -> Contest:
+    """Run everyone in turns and print the table."""
+    limit = parse_size(args.limit, "--limit")
+    size = sum(path.stat().st_size for path in many.glob("*.safetensors"))
+
+    def bare(**options: Any) -> Sample:
+        found = measure.run("read", many, module="bare", **options)
+        return Sample(found.wall, found.cpu, found.over)
+
+    def ours(folder: Path) -> Sample:
+        found = measure.run("verify", folder, memory_limit=limit)
+        if not found.value:
+            raise SystemExit(f"verify finds {folder} damaged")
+        return Sample(found.wall, found.cpu, found.over)
+
+    cores = os.cpu_count() or 1
+    loops: list[Contestant] = [(Row(LOOP, "verify"), partial(bare, threads=cores))]
+    if kind == "cold":
+        direct = {"direct": True, "threads": READERS}
+        loops = [
+            (Row("bare loop, not hashed", "read"), partial(bare, hashed=False, **direct)),
+            (Row(LOOP, "verify"), partial(bare, **direct)),
+        ]
+    contestants: list[Contestant] = [
+        *loops,
+        (Row("shardtool verify, 4 files", "verify", limit), partial(ours, many)),
+        (Row("shardtool verify, 1 file", "verify", limit), partial(ours, one)),
+    ]
+
+    def before(row: Row) -> None:
+        place = one if row.name.endswith("1 file") else many
+        (measure.cold if kind == "cold" else measure.warm)(place)
+        measure.back(args.back)
+
+    rows = contest.take_turns(contestants, args.runs, before)
+    found = Contest(f"verify, {kind}", size / measure.GIB, args.runs, args.back, limit, "the limit, MiB", rows, LOOP)
+    print(f"{found.question}: {found.said()}\n\n{found.table()}\n", flush=True)
+    print("".join(f"{line}\n" for line in found.verdicts()), flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    main()

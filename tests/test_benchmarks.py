@@ -1,0 +1,274 @@
+"""The benchmarks run, refuse what they cannot prove, and the page that shows them is the one that they make."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.builders import random, safetensors
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "benchmarks"
+MODULES = ("measure", "contest", "contestants", "models", "experts", "load", "report")
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def scripts() -> Iterator[SimpleNamespace]:
+    """The modules beside the scripts, which find each other as scripts do."""
+    patch = pytest.MonkeyPatch()
+    patch.syspath_prepend(str(FOLDER))
+    before = set(sys.modules)
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
+    patch.undo()
+    for name in set(sys.modules) - before:
+        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == FOLDER:
+            del sys.modules[name]
+
+
+def run(script: str, *words: str | Path) -> str:
+    """Run a script in a process of its own; returns what it printed."""
+    done = subprocess.run(
+        [sys.executable, FOLDER / f"{script}.py", *words],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# The scripts.
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("help", ["--runs", "1"]),
+        ("headers", ["--tensors", "60", "--runs", "1"]),
+        ("plan", ["--tensors", "60", "--runs", "1", "--tp", "2"]),
+    ],
+)
+def test_a_script_prints_a_table(script, words, tmp_path):
+    at = [] if script == "help" else ["--dir", str(tmp_path)]
+    assert "|---|" in run(script, *words, *at)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_memory_prints_a_row_for_every_operation_and_limit(tmp_path):
+    rows = [line for line in run("memory", "--size", "8MiB", "--dir", tmp_path).splitlines() if line[:3] == "| s"]
+    assert sum("stream" in line for line in rows) == 6
+    assert sum("save" in line for line in rows) == 3
+
+
+@pytest.mark.slow
+def test_what_writes_is_compared_with_a_copy(scripts, tmp_path):
+    out = run("save", "--size", "8MiB", "--runs", "1", "--dir", tmp_path, "--json", tmp_path / "out.json")
+    (found,) = read(scripts, tmp_path / "out.json")
+    assert [row.name for row in found.rows if not row.ours] == ["cp -r", "safetensors, slice, save (tp 4)"]
+    assert {row.kind for row in found.rows if row.ours} == {"save", "reshard", "merge"}
+    assert all(len(row.walls) == 1 for row in found.rows)
+    assert found.table() in out
+
+
+def test_verify_is_compared_with_a_bare_loop(scripts, tmp_path):
+    if is_memory(scripts, tmp_path):
+        assert "stay in the page cache" in refused("verify", "--size", "4MiB", "--runs", "1", "--dir", tmp_path)
+        return
+    run("verify", "--size", "8MiB", "--runs", "1", "--dir", tmp_path, "--json", tmp_path / "out.json")
+    warm, cold = read(scripts, tmp_path / "out.json")
+    assert (warm.question, cold.question) == ("verify, warm", "verify, cold")
+    assert warm.rows[0].name == "bare loop, hashed"
+    assert cold.rows[0].name == "bare loop, not hashed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("question", ["warm-owned", "warm-stream", "cold-stream", "many"])
+def test_every_loader_that_is_installed_delivers_the_same_tensors(scripts, tmp_path, question):
+    words = [question, "--size", "8MiB", "--tensors", "60", "--runs", "1", "--limit", "8MiB", "--dir", str(tmp_path)]
+    if question == "cold-stream" and is_memory(scripts, tmp_path):
+        assert "stay in the page cache" in refused("load", *words)
+        return
+    run("load", *words, "--json", tmp_path / "out.json")
+    (found,) = read(scripts, tmp_path / "out.json")
+    here = scripts.contestants.versions()
+    for row in found.rows:
+        loader = next(one for one in scripts.load.LOADERS if one.name == row.name)
+        assert loader.kind == row.kind
+        assert (row.failed == "") == (len(row.walls) == 1), row
+        if row.ours or loader.needs in ("", *here):
+            assert row.failed == "" or loader.needs, row
+    assert {row.kind for row in found.rows} == set(scripts.load.KINDS[question])
+
+
+def test_all_measures_what_it_is_told_to_and_keeps_the_rest(tmp_path):
+    at = ["--dir", tmp_path, "--data", tmp_path / "data.json", "--out", tmp_path / "page.md"]
+    run("all", "--only", "help", *at)
+    run("all", "--only", "headers", *at)
+    assert list(json.loads((tmp_path / "data.json").read_text())["sections"]) == ["help", "headers"]
+    page = (tmp_path / "page.md").read_text()
+    assert "## Start: `python benchmarks/help.py --runs 3`" in page
+    assert "`python benchmarks/headers.py --tensors 2000 --runs 1`" in page
+    assert str(tmp_path) not in page
+
+
+def read(scripts: SimpleNamespace, path: Path) -> list[Any]:
+    """The contests that a script wrote."""
+    return [scripts.contest.Contest.of_json(found) for found in json.loads(path.read_text())["contests"]]
+
+
+def refused(script: str, *words: str | Path) -> str:
+    with pytest.raises(AssertionError) as failed:
+        run(script, *words)
+    return str(failed.value)
+
+
+def is_memory(scripts: SimpleNamespace, place: Path) -> bool:
+    """Whether files of this folder are in the page cache for good."""
+    return scripts.measure.machine(place)["file system"] in ("tmpfs", "ramfs")
+
+
+def test_the_largest_model_has_as_many_tensors_as_the_published_one(scripts):
+    assert sum(1 for _ in scripts.experts.tensors()) == 91_991
+
+
+# The proof.
+
+
+def held(*names: str, seed: int = 0) -> dict[str, Any]:
+    return {name: random((3, 5), "F32", seed + i) for i, name in enumerate(names)}
+
+
+def seen(module: ModuleType, tensors: dict[str, Any]) -> dict[str, int]:
+    torch = importlib.import_module("torch")
+    return dict(module.consume((name, torch.from_numpy(np.array(raw.array))) for name, raw in tensors.items()))
+
+
+def test_the_consumer_and_the_independent_reader_agree_whatever_the_order(scripts, tmp_path):
+    tensors = held("a", "b", "c") | {"empty": random((0, 4), "F32")}
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(safetensors(tensors))
+    found = scripts.load.independent((path,))
+    assert found == {"digest": found["digest"], "bytes": 180, "tensors": 4, "largest": 60}
+    assert seen(scripts.contestants, tensors) == found
+    assert seen(scripts.contestants, dict(reversed(tensors.items()))) == found
+
+
+def test_other_bytes_and_swapped_names_are_other_tensors(scripts):
+    tensors = held("a", "b")
+    whole = seen(scripts.contestants, tensors)
+    assert seen(scripts.contestants, held("a", "b", seed=9))["digest"] != whole["digest"]
+    assert seen(scripts.contestants, {"a": tensors["b"], "b": tensors["a"]})["digest"] != whole["digest"]
+    data = scripts.load.Data(Path(), (), whole, Path())
+    scripts.load.check("peer", {**whole, "wall": 1.0}, data)
+    for key in whole:
+        with pytest.raises(SystemExit, match="peer delivered other tensors"):
+            scripts.load.check("peer", {**whole, key: whole[key] + 1}, data)
+
+
+def test_files_can_be_brought_into_the_page_cache_and_out_of_it(scripts, tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(3 * MIB + 5))
+    scripts.measure.warm(tmp_path)
+    assert scripts.measure.cached([path]) == 1.0
+    if not is_memory(scripts, tmp_path):
+        scripts.measure.cold(tmp_path)
+        assert scripts.measure.cached([path]) < 0.01
+
+
+# Contests.
+
+
+def contest(scripts: SimpleNamespace, **rows: tuple[str, float, float]) -> Any:
+    """A contest of rows: their kind, wall and CPU seconds."""
+    made = [scripts.contest.Row(name.replace("_", " "), kind, MIB, [w], [c]) for name, (kind, w, c) in rows.items()]
+    return scripts.contest.Contest("warm-owned", 2.0, 1, 0, 64 * MIB, "tensors, MiB", made)
+
+
+def test_every_peer_that_is_ahead_is_listed_with_its_numbers(scripts):
+    found = contest(
+        scripts,
+        shardtool=("owned", 1.0, 0.5),
+        faster=("owned", 0.8, 0.6),
+        thriftier=("owned", 1.0, 0.4),
+        behind=("owned", 1.1, 0.6),
+        maps=("mapping", 0.1, 0.6),
+        streams=("stream", 0.1, 0.1),
+    )
+    assert list(found.losses()) == [
+        ("warm-owned", "faster", "shardtool", "0.80 to 1.00 (1.25 times)", ""),
+        ("warm-owned", "thriftier", "shardtool", "", "0.200 to 0.250 (1.25 times)"),
+        ("warm-owned", "maps (mapping)", "shardtool", "0.10 to 1.00 (10.00 times)", ""),
+    ]
+    assert list(found.verdicts()) == [
+        "shardtool: 1.25 times the wall of the fastest (faster), 1.25 times the CPU of the thriftiest (thriftier)"
+    ]
+
+
+def test_a_contest_survives_json_and_shows_who_failed(scripts):
+    found = contest(scripts, shardtool=("owned", 1.0, 0.5), peer=("owned", 2.0, 1.0))
+    found.rows[1].failed = "not installed"
+    again = scripts.contest.Contest.of_json(json.loads(json.dumps(found.to_json())))
+    assert again == found
+    assert "| peer | owned | not installed |" in found.table()
+    assert list(found.losses()) == []
+
+
+def test_contestants_take_turns_in_another_order_each_round(scripts):
+    order: list[str] = []
+    row, sample = scripts.contest.Row, scripts.contest.Sample
+
+    def entry(name: str) -> Any:
+        def turn() -> Any:
+            order.append(name)
+            return sample(1.0, 1.0)
+
+        return row(name, "owned"), turn
+
+    rows = scripts.contest.take_turns([entry("a"), entry("b"), entry("c")], 3, lambda _row: None)
+    assert order == [*"abc", *"bca", *"cab"]
+    assert [len(one.walls) for one in rows] == [3, 3, 3]
+
+
+def test_a_peer_that_fails_is_out_and_ours_must_not_fail(scripts):
+    def fails() -> Any:
+        raise scripts.measure.Failed("first line\nno GPU here")
+
+    row = scripts.contest.Row
+    (peer,) = scripts.contest.take_turns([(row("peer", "owned"), fails)], 2, lambda _row: None)
+    assert (peer.failed, peer.walls) == ("failed: no GPU here", [])
+    with pytest.raises(scripts.measure.Failed):
+        scripts.contest.take_turns([(row("shardtool load", "owned"), fails)], 1, lambda _row: None)
+
+
+# The page.
+
+
+def test_the_page_is_what_the_generator_makes_of_the_data(scripts):
+    data = json.loads(scripts.report.DATA.read_text())
+    assert scripts.report.PAGE.read_text() == scripts.report.render(data)
+
+
+def test_a_loss_that_the_data_holds_is_on_the_page(scripts):
+    lost = contest(scripts, shardtool=("owned", 1.0, 0.5), peer=("owned", 0.5, 0.6))
+    data: dict[str, Any] = {"date": "a day", "machine": {"cores": "2"}, "peers": {}, "sections": {}}
+    assert "Nowhere" in scripts.report.render(data)
+    data["sections"] = {"load": {"command": "python benchmarks/load.py", "full": True, "contests": [lost.to_json()]}}
+    page = scripts.report.render(data)
+    assert "small size" not in page
+    assert "| warm-owned | peer | shardtool | 0.50 to 1.00 (2.00 times) |  |" in page
+    assert "Nowhere" not in page
+    data["sections"]["load"]["full"] = False
+    assert "at a small size" in scripts.report.render(data)
