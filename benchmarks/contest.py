@@ -1,11 +1,13 @@
 """Contests: who takes part, whose turn it is, what came of it, and the tables that show it.
 
-A contest asks one question. Contestants take turns, each round in another order, so that what disturbs the machine
-disturbs all of them. What is kept are the seconds of every run; medians and ratios are made when they are shown.
+A contest asks one question. Contestants take turns, each round in another shuffled order, so that what disturbs the
+machine disturbs all of them, and nobody always runs behind the same one. What is kept are the seconds of every run;
+medians and ratios are made when they are shown.
 """
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -15,6 +17,10 @@ import measure
 
 OURS = "shardtool"
 MAPPING = "mapping"
+WANTED = 0.9
+"""The share of a bar's rate that is wanted."""
+ALIKE = measure.MIB
+"""Bytes of memory by which runs differ that are alike."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,8 @@ class Sample:
 class Row:
     """A contestant. ``kind``: what it hands out or does; only equals are compared.
 
-    ``held``: bytes of its peak that it may have. ``failed`` says why there is nothing to show.
+    ``held``: bytes of tensors that are handed out and kept, so that every loader has them. ``over``: the highest peak.
+    ``failed`` says why there is nothing to show.
     """
 
     name: str
@@ -56,6 +63,11 @@ class Row:
         """The median."""
         return measure.middle(self.cpus)
 
+    @property
+    def extra(self) -> int | None:
+        """Bytes of memory beside the tensors that are held; None where none was measured."""
+        return self.over - self.held if self.over else None
+
     def add(self, sample: Sample) -> None:
         """One more run."""
         self.walls.append(round(sample.wall, 4))
@@ -65,16 +77,22 @@ class Row:
 
 @dataclass
 class Contest:
-    """A question and its contestants. ``gib``: of the bytes at stake; ``base``: with whom all are compared, if any."""
+    """A question and its contestants. ``gib``: of the bytes at stake; ``base``: with whom all are compared, if any.
+
+    ``limited``: the limit is for all memory of ours, no tensors aside. ``bar``: seconds that can hardly be less, of
+    ``bar_name``.
+    """
 
     question: str
     gib: float
     runs: int
     back: float
     limit: int
-    held: str
     rows: list[Row]
     base: str = ""
+    limited: bool = False
+    bar: float = 0.0
+    bar_name: str = ""
 
     @classmethod
     def of_json(cls, data: Mapping[str, Any]) -> Contest:
@@ -90,7 +108,7 @@ class Contest:
         against = next((row for row in self.rows if row.name == self.base and not row.failed), None)
         heads = ["contestant", "kind", "wall s", "GiB/s", "CPU-s/GiB, median", "least"]
         heads += [f"wall, {self.base} = 1", f"CPU, {self.base} = 1"] if against else []
-        heads += ["MiB over the imports", f"less {self.held}"]
+        heads += ["MiB over the imports", "less the limit, MiB" if self.limited else "less tensors held, MiB"]
         lines: list[list[str]] = []
         for row in self.rows:
             if row.failed:
@@ -100,29 +118,42 @@ class Contest:
             cells += [f"{row.cpu / self.gib:.3f}", f"{min(row.cpus) / self.gib:.3f}"]
             cells += [f"{row.wall / against.wall:.2f}", f"{row.cpu / max(against.cpu, 1e-9):.2f}"] if against else []
             cells.append(f"{row.over / measure.MIB:.0f}" if row.over else "")
-            cells.append(f"{(row.over - row.held) / measure.MIB:.0f}" if row.held else "")
+            cells.append(self._beside(row))
             lines.append(cells)
         return measure.table(heads, lines)
 
     def said(self) -> str:
         """The circumstances, in a sentence."""
         backed = f", {self.back:g} GiB of memory made present before each" if self.back else ""
+        turns = f"{self.runs} runs in turns, in another order each round" if self.runs > 1 else "1 run"
         limit = f", memory limit {self.limit / measure.MIB:.0f} MiB" if self.limit else ""
-        return f"{self.gib:.2f} GiB, {self.runs} runs in turns{backed}{limit}."
+        return f"{self.gib:.2f} GiB, {turns}{backed}{limit}."
+
+    def _beside(self, row: Row) -> str:
+        """What a contestant takes beside the tensors that are held, or beside the limit if that bound it."""
+        if row.extra is None or (self.limited and not row.ours):
+            return ""
+        if self.limited and row.over < self.limit * 3 // 4:
+            return "does not bind"
+        return f"{(row.over - self.limit if self.limited else row.extra) / measure.MIB:.0f}"
 
     def equals(self, row: Row) -> list[Row]:
         """Whom a contestant of ours is compared with: who does the same, those who map, and the base."""
         peers = [peer for peer in self.rows if not peer.ours and not peer.failed]
         return [peer for peer in peers if peer.kind in (row.kind, MAPPING) or peer.name == self.base]
 
-    def losses(self) -> Iterator[tuple[str, str, str, str, str]]:
-        """Each peer that is faster than one of our rows or uses less CPU: question, peer, ours, wall, CPU."""
+    def losses(self) -> Iterator[tuple[str, str, str, str, str, str]]:
+        """Each peer that is faster than one of our rows, uses less CPU or takes less memory beside its tensors.
+
+        Question, peer, ours, wall, CPU, memory. Less memory is what is more than runs differ by.
+        """
         for row in self.rows:
             if not row.ours or row.failed:
                 continue
             for peer in self.equals(row):
                 slow, dear = row.wall > peer.wall, row.cpu > peer.cpu
-                if slow or dear:
+                large = row.extra is not None and peer.extra is not None and row.extra - peer.extra > ALIKE
+                if slow or dear or large:
                     name = f"{peer.name} ({MAPPING})" if peer.kind == MAPPING else peer.name
                     yield (
                         self.question,
@@ -130,6 +161,7 @@ class Contest:
                         row.name,
                         _pair(peer.wall, row.wall, 2) if slow else "",
                         _pair(peer.cpu / self.gib, row.cpu / self.gib, 3) if dear else "",
+                        f"{_mib(peer.extra)} to {_mib(row.extra)}" if large else "",
                     )
 
     def verdicts(self) -> Iterator[str]:
@@ -142,11 +174,17 @@ class Contest:
                     f"{row.name}: {row.wall / fast.wall:.2f} times the wall of the fastest ({fast.name}), "
                     f"{row.cpu / max(thrifty.cpu, 1e-9):.2f} times the CPU of the thriftiest ({thrifty.name})"
                 )
+            if row.ours and not row.failed and self.bar:
+                yield f"{row.name}: {self.bar / row.wall:.0%} of the rate of {self.bar_name}; {WANTED:.0%} is wanted"
 
 
 def _pair(theirs: float, ours: float, digits: int) -> str:
     """Both numbers, and how many times the first the second is."""
     return f"{theirs:.{digits}f} to {ours:.{digits}f} ({ours / max(theirs, 1e-9):.2f} times)"
+
+
+def _mib(nbytes: int | None) -> str:
+    return f"{(nbytes or 0) / measure.MIB:.0f}"
 
 
 def reason(failed: BaseException) -> str:
@@ -158,13 +196,12 @@ Contestant = tuple[Row, Callable[[], Sample]]
 
 
 def take_turns(contestants: list[Contestant], runs: int, before: Callable[[Row], None]) -> list[Row]:
-    """Run all, ``runs`` rounds, beginning with another one each round. A peer that fails is out, and its row says why.
+    """Run all, ``runs`` rounds, each shuffled by a fixed seed. A peer that fails is out, and its row says why.
 
     ``before`` prepares a run: files into the page cache or out of it, memory made present.
     """
     for i in range(runs):
-        at = i * len(contestants) // max(1, runs)
-        for row, contestant in contestants[at:] + contestants[:at]:
+        for row, contestant in random.Random(i).sample(contestants, len(contestants)):
             if row.failed:
                 continue
             before(row)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -129,7 +128,7 @@ def write(folder: Path) -> tuple[int, int]:
 def command(*words: str) -> tuple[str, str, str]:
     """Wall seconds, CPU seconds and peak MiB of a command with all processes that it starts."""
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-    environ = os.environ | {"PYTHONPATH": str(measure.HERE.parent)}
+    environ = measure.environ(PYTHONPATH=str(measure.HERE.parent))
     subprocess.run([sys.executable, "-m", "shardtool", *words], env=environ, check=True, stdout=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import struct
 import subprocess
@@ -45,11 +44,13 @@ from shardtool.units import parse_size
 WARM_OWNED, WARM_STREAM, COLD_STREAM, MANY = QUESTIONS = ("warm-owned", "warm-stream", "cold-stream", "many")
 OWNED, STREAM, MAPPING = "owned", "stream", contest.MAPPING
 CONCURRENCY = 16
+BUFFERED = (("RUNAI_STREAMER_FS_STRATEGY", "sync_buffered"),)
+"""How Run:ai is told to read by way of the page cache, past which it reads by default."""
 
 
 @dataclass(frozen=True)
 class Loader:
-    """A way to load. ``needs``: the package of a peer; ``alone``: it runs in this Python, which has it."""
+    """A way to load. ``needs``: the package of a peer, which runs in the Python that has it; else this one runs it."""
 
     name: str
     call: str
@@ -57,6 +58,7 @@ class Loader:
     needs: str = ""
     options: tuple[tuple[str, Any], ...] = ()
     verify: bool = False
+    environ: tuple[tuple[str, str], ...] = ()
 
 
 LOADERS = (
@@ -71,6 +73,8 @@ LOADERS = (
     Loader("safetensors safe_open, pread", "safetensors_each", STREAM),
     Loader("Run:ai, owned", "runai_owned", OWNED, "runai-model-streamer"),
     Loader("Run:ai, not owned", "runai_stream", STREAM, "runai-model-streamer"),
+    Loader("Run:ai, buffered, owned", "runai_owned", OWNED, "runai-model-streamer", environ=BUFFERED),
+    Loader("Run:ai, buffered, not owned", "runai_stream", STREAM, "runai-model-streamer", environ=BUFFERED),
     Loader("fastsafetensors", "fastsafetensors_owned", OWNED, "fastsafetensors"),
     Loader("fastsafetensors, parts", "fastsafetensors_stream", STREAM, "fastsafetensors"),
     Loader("tensorizer, its own format", "tensorizer_owned", OWNED, "tensorizer"),
@@ -200,7 +204,7 @@ def compare(question: str, data: Data, args: argparse.Namespace) -> Contest:
         measure.back(args.back)
 
     rows = contest.take_turns(taking, args.runs, before)
-    found = Contest(question, data.seen["bytes"] / measure.GIB, args.runs, args.back, limit, "tensors held, MiB", rows)
+    found = Contest(question, data.seen["bytes"] / measure.GIB, args.runs, args.back, limit, rows)
     print(f"{question}: {found.said()}\n\n{found.table()}\n", flush=True)
     print("".join(f"{line}\n" for line in found.verdicts()), flush=True)
     return found
@@ -220,7 +224,8 @@ def once(loader: Loader, data: Data, args: argparse.Namespace, limit: int) -> Sa
     }
     python = args.peers_python if loader.needs else sys.executable
     streamed = str(limit) if loader.kind == STREAM else "-1"
-    said = json.loads(_child(python, json.dumps(job), RUNAI_STREAMER_MEMORY_LIMIT=streamed))
+    variables = {"RUNAI_STREAMER_MEMORY_LIMIT": streamed, **dict(loader.environ)}
+    said = json.loads(_child(python, json.dumps(job), **variables))
     check(loader.name, said, data)
     if said["imported"]:
         print(f"{loader.name} imported on the clock: {', '.join(said['imported'][:8])}", file=sys.stderr)
@@ -229,7 +234,7 @@ def once(loader: Loader, data: Data, args: argparse.Namespace, limit: int) -> Sa
 
 def _child(python: str, word: str, **variables: str) -> str:
     """The last line that contestants.py prints under a Python. Its neighbours cannot shadow what it imports."""
-    environ = os.environ | {"RUNAI_STREAMER_CONCURRENCY": str(CONCURRENCY), **variables}
+    environ = measure.environ(RUNAI_STREAMER_CONCURRENCY=str(CONCURRENCY), **variables)
     environ["PYTHONPATH"] = str(measure.HERE.parent) if python == sys.executable else ""
     words = [python, "-P", str(measure.HERE / "contestants.py"), word]
     child = subprocess.run(words, env=environ, capture_output=True, text=True, check=False)

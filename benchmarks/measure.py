@@ -27,6 +27,8 @@ from typing import Any
 import numpy as np
 
 HERE = Path(__file__).parent
+SETTINGS = ("RUNAI_STREAMER_", "SHARDTOOL_", "FASTSAFETENSORS_", "MALLOC_", "OMP_")
+"""How the names of variables start by which a caller could set how a contestant reads."""
 GIB = 1 << 30
 MIB = 1 << 20
 
@@ -46,15 +48,24 @@ class Run:
     torch: bool
 
 
+def environ(**variables: str) -> dict[str, str]:
+    """The environment of a child: the caller's, less what would set how it reads, and with these variables."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(SETTINGS)} | variables
+
+
 def run(call: str, *args: Any, module: str = "", **kwargs: Any) -> Run:
     """An operation of shardtool, or a function of a ``module`` beside this one, in a process of its own.
 
     The clocks start when everything that it needs is imported.
     """
     job = {"operation": call, "module": module, "args": [str(a) for a in args], "kwargs": kwargs}
-    environ = os.environ | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
+    variables = environ(PYTHONPATH=f"{HERE.parent}{os.pathsep}{HERE}")
     child = subprocess.run(
-        [sys.executable, HERE / "measure.py", json.dumps(job)], env=environ, capture_output=True, text=True, check=False
+        [sys.executable, HERE / "measure.py", json.dumps(job)],
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if child.returncode:
         raise Failed(f"{call} failed:\n{child.stderr}")
@@ -64,7 +75,7 @@ def run(call: str, *args: Any, module: str = "", **kwargs: Any) -> Run:
 def command(*words: Any) -> tuple[float, float]:
     """Wall and CPU seconds of a command, its start included."""
     began = time.monotonic()
-    child = subprocess.Popen([str(word) for word in words], stdout=subprocess.DEVNULL)
+    child = subprocess.Popen([str(word) for word in words], stdout=subprocess.DEVNULL, env=environ())
     _, status, usage = os.wait4(child.pid, 0)
     wall = time.monotonic() - began
     child.returncode = os.waitstatus_to_exitcode(status)
@@ -135,9 +146,9 @@ def cached(files: Sequence[Path]) -> float:
     return here / max(1, total)
 
 
-def sync(folder: Path) -> None:
-    """Bring a folder's files to the disk."""
-    for path in files_of(folder):
+def sync(*places: Path) -> None:
+    """Bring files to the disk."""
+    for path in files_of(*places):
         fd = os.open(path, os.O_RDONLY)
         os.fsync(fd)
         os.close(fd)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from contest import MAPPING, Contest
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "benchmarks" / "results.json"
 PAGE = ROOT / "docs" / "benchmarks.md"
+WIDTH = 120
+"""Characters of a line of text."""
 
 HEAD = """\
 # Benchmarks
@@ -37,11 +40,13 @@ READING = """\
 quarter, CPU seconds by a tenth to a fifth; smaller differences mean nothing. A disk that grants bursts is faster at
 first than later. Memory figures repeat to within 1 MiB. Compare rows of one table, not tables of different days.
 
-**What is counted.** Every run is a process of its own and the contestants take turns, each round in another order; wall
-and CPU seconds are medians, *least* is the smallest. Imports are outside the clock; opening files, headers and the
-manifest are inside. The host of a virtual machine takes free memory back, and getting it again would be what is
-measured, so that memory is made present before each run. CPU seconds are those of all threads, the kernel's on their
-behalf included. *Over the imports* is the peak of resident memory (VmHWM) less that right after the imports.
+**What is counted.** Every run is a process of its own, with none of the variables by which readers are set. Where the
+line above a table says that runs took turns, the order is shuffled anew for each round, and wall and CPU seconds are
+medians, *least* is the smallest. Imports are outside the clock; opening files, headers and the manifest are inside.
+CPU seconds are those of all threads, the kernel's on their behalf included. *Over the imports* is the highest peak of
+resident memory (VmHWM) less that right after the imports; *does not bind* stands where that stayed below three quarters
+of the limit. The host of a virtual machine takes free memory back, and getting it again would be what is measured;
+where a line says so, memory was made present before each run.
 """
 
 
@@ -68,8 +73,9 @@ the same files.
 is held is the largest tensor. *mapping*: tensors are the file's own pages, which are read when they are touched, and
 change when the file does; nothing is copied, and nothing can be checked beforehand.
 
-Run:ai reads with 16 threads, and past the page cache also where the files are in it; tensorizer reads a format of its
-own. InstantTensor is missing because it takes CUDA devices only.""",
+Run:ai reads with 16 threads; by default it reads past the page cache also where the files are in it, *buffered* is with
+`RUNAI_STREAMER_FS_STRATEGY=sync_buffered`. tensorizer reads a format of its own. InstantTensor is missing because
+it takes CUDA devices only.""",
     ),
     Section(
         "save",
@@ -86,17 +92,17 @@ fsync. shardtool computes two digests of every byte on the way, and checks those
         """\
 `verify` reads every byte and computes its blake3 and xxh3_128, beside a bare loop that does the same with blocks of
 8 MiB and all cores, and knows nothing of tensors. From the disk, the files are dropped from the page cache before each
-run and the loop reads past it; without hashing that is the disk's own rate, which is shown and not compared.""",
+run and the loop reads past it, also without hashing, which is the disk's own rate. What verify can hardly pass is the
+slower of that rate and the rate at which the loop hashes what is in the page cache.""",
     ),
     Section(
         "memory",
         "Memory",
         """\
-A limit of 24 MiB is below the largest tensor, 0 is the least that does. 16 MiB over the limit is what we allow.
-`stream` limits what is read ahead; the tensor at hand, and one that is larger than the limit, are allowed on top, hence
-negative figures.""",
+One run each. A limit of 0 is the least that does; 16 MiB over the limit is what we allow. `stream` limits what is read
+ahead; the tensor at hand, and one that is larger than the limit, are allowed on top; figures can be negative.""",
     ),
-    Section("help", "Start", "CPU seconds of a whole process."),
+    Section("help", "Start", "CPU seconds of a whole process, imports included."),
     Section(
         "headers",
         "Headers",
@@ -113,8 +119,8 @@ negative figures.""",
         """\
 DeepSeek-V3 in fp8 with blocks, all its tensors as a sparse file: `save --dry-run`, which plans every step of the
 conversion, by the built-in table; where an engine is at hand also the trace of its own loader, eight ranks one after
-the other, and the plan by the layout file of it. The whole process is counted, the engine's libraries included; the
-peak is the highest so far.""",
+the other, and the plan by the layout file of it. One run each, of the whole process: imports, the engine's too, are
+counted. The peak is the highest so far.""",
     ),
 )
 
@@ -143,7 +149,7 @@ def _machine(data: dict[str, Any]) -> str:
     said = f"Measured on {data['date']}."
     if small:
         said += f" These ran at a small size, to see that they work, and their numbers say little: {', '.join(small)}."
-    return f"## The machine\n\n{said}\n\n{measure.table(('', ''), rows)}\n"
+    return f"## The machine\n\n{textwrap.fill(said, WIDTH)}\n\n{measure.table(('', ''), rows)}\n"
 
 
 def contests(data: dict[str, Any]) -> Iterator[Contest]:
@@ -159,9 +165,10 @@ def _losses(data: dict[str, Any]) -> Iterator[str]:
     if not lost:
         yield "Nowhere, in the tables below.\n"
         return
-    heads = ("question", "ahead of us", "us", "wall s", "CPU-s/GiB")
+    heads = ("question", "ahead of us", "us", "wall s", "CPU-s/GiB", "MiB beside the tensors")
     yield (
-        "Every row below that is faster than one of ours, or uses less CPU, whatever the difference: theirs to ours.\n"
+        "Every row below that is faster than one of ours or uses less CPU, whatever the difference, or takes less\n"
+        "memory beside the tensors that are held, by more than a MiB: theirs to ours.\n"
         f"Only who does the same is compared; those who hand out a {MAPPING}, a plain copy and a bare loop besides.\n"
     )
     yield measure.table(heads, lost)
@@ -174,9 +181,19 @@ def _section(section: Section, found: dict[str, Any]) -> str:
         title = QUESTIONS[one.question]
         parts += [f"### {title}"] if title else []
         parts += [one.said(), one.table()]
-        parts += ["\n".join(f"* {line}" for line in one.verdicts())]
-    parts += [found["text"]] if "text" in found else []
+        parts += ["\n".join(_item(line) for line in one.verdicts())]
+    parts += [_filled(found["text"])] if "text" in found else []
     return "\n\n".join(part.strip("\n") for part in parts if part)
+
+
+def _item(line: str) -> str:
+    """A line of a list."""
+    return textwrap.fill(line, WIDTH, initial_indent="* ", subsequent_indent="  ", break_on_hyphens=False)
+
+
+def _filled(text: str) -> str:
+    """What a script printed, with its text in lines of the page's width; tables stay as they are."""
+    return "\n".join(line if line.startswith("|") else textwrap.fill(line, WIDTH) for line in text.splitlines())
 
 
 def main() -> None:

@@ -218,12 +218,18 @@ class Slabs:
     def _again(self, size: int) -> Slab | None:
         """The last dropped slab that is about as large, if there is one. What is too much is let go."""
         self._collect()
+        found = None
         for i in range(len(self._kept) - 1, -1, -1):
             if size <= self._kept[i].size <= size + size // 4:
-                return self._kept.pop(i)
-        while self._kept and self._used + size + sum(slab.size for slab in self._kept) > self._limit:
+                found = self._kept.pop(i)
+                break
+        self._trim(size if found is None else found.size)
+        return found
+
+    def _trim(self, more: int = 0) -> None:
+        """Let go of what is kept beyond the limit, if ``more`` is to be used."""
+        while self._kept and self._used + more + sum(slab.size for slab in self._kept) > self._limit:
             del self._kept[0]
-        return None
 
     def _collect(self) -> None:
         while True:
@@ -246,13 +252,15 @@ class Slabs:
             self._collect()
             self._kept.clear()
 
-    def give(self, slab: Slab) -> None:
-        """The caller has it now: count it out."""
+    def give(self, size: int) -> None:
+        """The caller has a slab of this size now: count it out.
+
+        Whoever gives has let go of it before: what the caller has dropped already is free when others hear of it.
+        """
         with self._changed:
-            self._used -= slab.size
             self._collect()
-            while self._kept and self._used + sum(kept.size for kept in self._kept) > self._limit:
-                del self._kept[0]
+            self._trim()
+            self._used -= size
             self._changed.notify_all()
 
     def stop(self) -> None:

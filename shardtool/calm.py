@@ -19,7 +19,7 @@ _was_on = False
 
 @contextmanager
 def calm() -> Iterator[None]:
-    """The collector is off until the last thread has left, and then as it was."""
+    """The collector is off until the last thread has left, and then as it was when the first came in."""
     global _inside, _was_on
     with _lock:
         if not _inside:

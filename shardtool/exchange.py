@@ -17,19 +17,16 @@ Laws:
 * a rank that fails, stops early or dies ends the others with one sentence that names it, and nobody waits for ever;
 * one rank alone exchanges nothing, and needs no process group;
 * no memory but the caller's is used for segments.
-
-Each rank has a receive under way for the next message of every other. So a failing rank's reason arrives although
-nobody waits for it, and that a process has ended is seen by all, whoever it was.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
-import re
 import socket
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -37,6 +34,7 @@ from typing import TYPE_CHECKING, Any, Self
 from shardtool import digest, errors
 from shardtool.checkpoint import single_file
 from shardtool.errors import PlanError, ShardtoolError, StoreError, UsageError
+from shardtool.messages import DONE, FAILED, GOING, GRACE, LOST, MOST, Alarm, Line, Message, first_line
 from shardtool.stores import open_store
 from shardtool.stores.base import Store
 
@@ -44,14 +42,10 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
-MESSAGE = 1 << 10
-"""Bytes of a message: its kind, the number of its round, the length of its text, the text."""
-GRACE = 10.0
-"""Seconds that a rank which has failed waits at most for the others to take its reason."""
-_GOING, _FAILED, _LOST, _DONE = 1, 2, 3, 4
-_LEAD = 1 + 8 + 2
-MOST = MESSAGE - _LEAD
-"""Bytes of a message's text."""
+TRANSFER = timedelta(seconds=120)
+"""Within which a segment is with all ranks once its owner has it and all are ready."""
+LOOK = 0.1
+"""Seconds after which a rank that waits for memory looks whether another has lost a connection, and again."""
 _MARK = 32
 """Bytes of a digest that says to which ranks, or to which device, a process belongs."""
 
@@ -76,13 +70,30 @@ def exchange_for(
     scope: str = "node",
     device: str | torch.device = "cpu",
 ) -> Exchange | None:
-    """The exchange for what ranks read of a checkpoint, if they shall have one. The checkpoint is not looked at."""
-    if distributed is False:
+    """The exchange for what ranks read of a checkpoint, if they shall have one. The checkpoint is not looked at.
+
+    What is wrong with the address or the device is not said here, where the others would not hear it.
+    """
+    if distributed not in (True, False, "auto"):
+        raise UsageError(f"distributed={distributed!r} is neither True nor False nor 'auto'")
+    if scope not in ("node", "global"):
+        raise UsageError(f"scope={scope!r} is neither 'node' nor 'global'")
+    if not distributed or _world() == 1:
         return None
-    with store_of(uri) as store:
+    with contextlib.suppress(ShardtoolError), store_of(uri) as store:
         if not wanted(distributed, store):
             return None
-    return Exchange(group, scope=scope, device=device)
+    return Exchange(group, scope=scope, device=device if _is_device(device) else "cpu")
+
+
+def _is_device(device: str | torch.device) -> bool:
+    import torch
+
+    try:
+        index = torch.device(device).index or 0
+    except (RuntimeError, TypeError):
+        return False
+    return str(device).startswith("cpu") or 0 <= index < torch.cuda.device_count()
 
 
 def store_of(uri: str | os.PathLike[str]) -> Store:
@@ -131,7 +142,8 @@ class Exchange:
         self._owners: list[int] | None = None
         self._next = 0
         self._over = False
-        self._line: _Line | None = None
+        self._line: Line | None = None
+        self._alarm: Alarm | None = None
         self._groups: list[Any] = []
         if _world() > 1:
             self._join(group, scope, device, None if timeout is None else timedelta(seconds=timeout))
@@ -146,14 +158,16 @@ class Exchange:
         for ranks in circles:
             made = [everybody] if len(circles) == 1 else [dist.new_group(ranks, backend="gloo", timeout=timeout)]
             # Memory has a group of its own, so that it can be given up while messages still go.
-            made.append(dist.new_group(ranks, backend="nccl" if apart[ranks] else "gloo", timeout=timeout))
+            soon = min(timeout or TRANSFER, TRANSFER)
+            made.append(dist.new_group(ranks, backend="nccl" if apart[ranks] else "gloo", timeout=soon))
             if me in ranks:
                 self._groups = made
                 self.rank, self.size, self._ranks = ranks.index(me), len(ranks), ranks
         if len(circles) > 1:
             dist.destroy_process_group(everybody)
         if self.size > 1:
-            self._line = _Line(self._groups[0], self._ranks, self.rank)
+            self._line = Line(self._groups[0], self._ranks, self.rank)
+            self._alarm = Alarm(self._ranks)
 
     def owners(self, sizes: Sequence[int], names: Iterable[str] = ()) -> list[int]:
         """Who reads which segment, as places in the group (``rank`` is this process's).
@@ -185,13 +199,32 @@ class Exchange:
             self._end(self._line, lost)
 
     def _broadcast(self, memory: torch.Tensor, owner: int) -> str | None:
-        """The memory over its group; what went wrong, as text: an exception would keep the connections."""
+        """The memory over its group; what went wrong, as text. A GPU's memory is filled when this returns.
+
+        A rank whose neighbour has ended sees that at once. The others wait for bytes that will never come, and look
+        for its word meanwhile.
+        """
         import torch.distributed as dist
 
+        assert self._alarm is not None
         try:
-            dist.broadcast(memory, src=owner, group=self._groups[1])
+            work = dist.broadcast(memory, src=owner, group=self._groups[1], async_op=True)
+            pause, looked = 1e-5, time.monotonic()
+            while not work.is_completed():
+                time.sleep(pause)
+                pause = min(2 * pause, 1e-3)
+                if time.monotonic() - looked > LOOK:
+                    looked = time.monotonic()
+                    if self._alarm.is_on():
+                        _abandon((work, memory, self._groups[1]))
+                        return "another rank has lost a connection"
+            work.wait()
+            if memory.is_cuda:
+                import torch
+
+                torch.cuda.current_stream(memory.device).synchronize()
         except RuntimeError as error:
-            return _first_line(error)
+            return first_line(error)
         return None
 
     def told(self, text: str) -> list[str]:
@@ -203,7 +236,7 @@ class Exchange:
         heard = self._heard(self._line, text)
         return [heard[place].text if place != self.rank else text for place in range(self.size)]
 
-    def _going(self, line: _Line, text: str) -> None:
+    def _going(self, line: Line, text: str) -> None:
         """One round in which all say the same. Raises what somebody failed with, and if they do not."""
         heard = self._heard(line, text)
         for place, one in heard.items():
@@ -212,34 +245,36 @@ class Exchange:
                 self.close()
                 raise self._unlike(place)
 
-    def _heard(self, line: _Line, text: str) -> dict[int, _Message]:
+    def _heard(self, line: Line, text: str) -> dict[int, Message]:
         """One round of messages."""
         if self._over:
             raise UsageError("the exchange is over; make another one")
-        heard = line.round(_GOING, text, None)
-        going = {place: one for place, one in heard.items() if isinstance(one, _Message) and one.kind == _GOING}
+        heard = line.round(GOING, text, None)
+        going = {place: one for place, one in heard.items() if isinstance(one, Message) and one.kind == GOING}
         if len(going) < len(heard):
             self._over = True
             self.close()
             raise self._reason(heard, "")
         return going
 
-    def _end(self, line: _Line, lost: str) -> None:
+    def _end(self, line: Line, lost: str) -> None:
         """The memory's group has broken: give it up, so that everybody notices, and find out why."""
         self._over = True
+        assert self._alarm is not None
+        self._alarm.ring()
         _destroy(self._groups.pop(1))
-        heard = line.round(_LOST, lost, GRACE)
+        heard = line.round(LOST, lost, GRACE)
         self.close()
         raise self._reason(heard, lost)
 
-    def _reason(self, heard: dict[int, _Message | str], lost: str) -> ShardtoolError:
+    def _reason(self, heard: dict[int, Message | str], lost: str) -> ShardtoolError:
         """What to raise: a reason that a rank gave, else who has ended, else that a connection broke."""
         for place, one in sorted(heard.items()):
-            if isinstance(one, _Message) and one.kind == _FAILED:
+            if isinstance(one, Message) and one.kind == FAILED:
                 kind, _, text = one.text.partition("\0")
                 return _class(kind)(f"rank {self._ranks[place]}: {text}")
         for place, one in sorted(heard.items()):
-            if isinstance(one, _Message) and one.kind == _DONE and not lost:
+            if isinstance(one, Message) and one.kind == DONE and not lost:
                 return self._unlike(place)
         for place, one in sorted(heard.items()):
             if isinstance(one, str) and "Timed out" in one:
@@ -262,14 +297,14 @@ class Exchange:
         if self._over or self._line is None:
             return
         self._over = True
-        self._line.tell(_FAILED, _told(error), GRACE)
+        self._line.tell(FAILED, _told(error), GRACE)
         self.close()
 
     def close(self) -> None:
         """Give the groups back. Nobody waits for it."""
         if self._line is not None:
             if not self._over:
-                self._line.tell(_DONE, "", GRACE)
+                self._line.tell(DONE, "", GRACE)
             self._line.close()
         self._over = True
         while self._groups:
@@ -295,101 +330,6 @@ def divided(sizes: Sequence[int], ranks: int) -> list[int]:
         load[owner] += max(1, size)
         found.append(owner)
     return found
-
-
-@dataclass(frozen=True, slots=True)
-class _Message:
-    """What a rank said in a round."""
-
-    kind: int
-    number: int
-    text: str
-
-
-class _Line:
-    """Short messages between all ranks of a group: one of each to each, round by round."""
-
-    def __init__(self, group: Any, ranks: Sequence[int], rank: int) -> None:
-        self.number = 0
-        self._group = group
-        self._others = {place: other for place, other in enumerate(ranks) if place != rank}
-        self._posted: dict[int, tuple[Any, Any] | str] = {}
-        self._post()
-
-    def _post(self) -> None:
-        """Begin to receive everybody's next message."""
-        import torch
-        import torch.distributed as dist
-
-        for place, other in self._others.items():
-            memory = torch.empty(MESSAGE, dtype=torch.uint8)
-            try:
-                self._posted[place] = memory, dist.irecv(memory, src=other, group=self._group)
-            except RuntimeError as error:  # it has ended: the next round says so
-                self._posted[place] = _first_line(error)
-
-    def round(self, kind: int, text: str, seconds: float | None) -> dict[int, _Message | str]:
-        """Tell everybody, hear everybody: by place, what it said, or how the connection to it broke."""
-        sent = self._send(kind, text)
-        heard: dict[int, _Message | str] = {}
-        for place, posted in self._posted.items():
-            if isinstance(posted, str):
-                heard[place] = posted
-                continue
-            memory, work = posted
-            broken = _waited(work, seconds)
-            heard[place] = broken if broken is not None else _decoded(bytes(memory.numpy()))
-        for work in sent:
-            _waited(work, seconds)
-        self._posted = {}
-        self.number += 1
-        if all(isinstance(one, _Message) and one.kind == _GOING for one in heard.values()):
-            self._post()
-        return heard
-
-    def tell(self, kind: int, text: str, seconds: float) -> None:
-        """Tell everybody, and hear nobody."""
-        for work in self._send(kind, text):
-            _waited(work, seconds)
-
-    def _send(self, kind: int, text: str) -> list[Any]:
-        import torch
-        import torch.distributed as dist
-
-        said = text.encode("utf-8", "replace")[:MOST]
-        data = bytes([kind]) + self.number.to_bytes(8, "little") + len(said).to_bytes(2, "little") + said
-        memory = torch.zeros(MESSAGE, dtype=torch.uint8)
-        memory[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        sent = []
-        for other in self._others.values():
-            with contextlib.suppress(RuntimeError):  # it has ended: its own message that does not come tells
-                sent.append(dist.isend(memory, dst=other, group=self._group))
-        return sent
-
-    def close(self) -> None:
-        """Receive no more."""
-        self._posted = {}
-        self._group = None
-
-
-def _waited(work: Any, seconds: float | None) -> str | None:
-    """Wait for one message; how it failed, if it did."""
-    try:
-        work.wait() if seconds is None else work.wait(timedelta(seconds=seconds))
-    except RuntimeError as error:
-        return _first_line(error)
-    return None
-
-
-def _decoded(data: bytes) -> _Message:
-    length = int.from_bytes(data[9:11], "little")
-    text = data[_LEAD : _LEAD + length].decode("utf-8", "replace")
-    return _Message(data[0], int.from_bytes(data[1:9], "little"), text)
-
-
-def _first_line(error: BaseException) -> str:
-    """What gloo says, without its file names and advice."""
-    return re.sub(r"^(\[[^\]]*\] *)+", "", str(error)).partition("\n")[0].partition(". This is typically")[0][:200]
 
 
 def _told(error: BaseException) -> str:
@@ -455,6 +395,11 @@ def _gpu(device: Any) -> str:
     if place.type != "cuda":
         return ""
     return f"{_machine()} {torch.cuda.get_device_properties(place).uuid}"
+
+
+def _abandon(things: object) -> None:
+    """Never free these, not even at the end: freeing a group waits for what is under way in it, which may not come."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(things))
 
 
 def _destroy(group: Any) -> None:

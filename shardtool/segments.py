@@ -1,4 +1,4 @@
-"""Segments: what a load reads, checks and hands out as one. Pure.
+"""Segments: what a load reads, checks and hands out as one.
 
 A segment is a run of neighbouring small tensors of one file, or one larger tensor. Its bytes are read in one piece (a
 large one in chunks), so that a file of twenty thousand tensors costs two hundred reads and not twenty thousand.

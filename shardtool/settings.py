@@ -4,6 +4,7 @@ A flag wins over ``SHARDTOOL_*``, which wins over the twin that Run:ai's streame
 
     --memory-limit    SHARDTOOL_MEMORY_LIMIT    RUNAI_STREAMER_MEMORY_LIMIT    bytes or a size; -1 no limit, 0 the least
     --concurrency     SHARDTOOL_CONCURRENCY     RUNAI_STREAMER_CONCURRENCY     1 to 1024
+    --block-size      SHARDTOOL_BLOCK_SIZE      RUNAI_STREAMER_CHUNK_BYTESIZE  a size
     --max-part-size   SHARDTOOL_MAX_PART_SIZE                                  a size
     --pattern         SHARDTOOL_PATTERN                                        names of files that are written
     --dtype           SHARDTOOL_DTYPE                                          as the flag
@@ -55,6 +56,12 @@ def concurrency(flag: int | None) -> int | None:
     if not 1 <= found <= MOST_READERS:
         raise UsageError(f"{name} {text} is not a number of readers; write one from 1 to {MOST_READERS}")
     return found
+
+
+def block_size(flag: str | None) -> int | None:
+    """Bytes of one read at most, or None."""
+    said = _said(flag, "--block-size", "SHARDTOOL_BLOCK_SIZE", "RUNAI_STREAMER_CHUNK_BYTESIZE")
+    return None if said is None else _size(*said)
 
 
 def max_part_size(flag: str | None) -> int | None:

@@ -128,6 +128,24 @@ def enough(folder: Path, rank: int, size: int) -> dict[str, Any]:
     return {}
 
 
+def unbegun(folder: Path, rank: int, size: int) -> dict[str, Any]:
+    """The first rank asks for a stream and drops it."""
+    import shardtool
+
+    tensors = shardtool.stream(folder / "model", distributed=True)
+    if rank:
+        list(tensors)
+    return {}
+
+
+def unlike_device(folder: Path, rank: int, size: int) -> dict[str, Any]:
+    """The last rank asks for a device that it does not have."""
+    import shardtool
+
+    list(shardtool.stream(folder / "model", distributed=True, device="cuda:77" if rank == size - 1 else "cpu"))
+    return {}
+
+
 def other_order(folder: Path, rank: int, size: int) -> dict[str, Any]:
     import shardtool
 
@@ -146,6 +164,8 @@ SCENES: dict[str, Scene] = {
     "cut_short": cut_short,
     "absent": absent,
     "enough": enough,
+    "unbegun": unbegun,
+    "unlike_device": unlike_device,
     "other_order": other_order,
 }
 

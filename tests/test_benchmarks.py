@@ -19,7 +19,7 @@ from tests.builders import random, safetensors
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks"
-MODULES = ("measure", "contest", "contestants", "models", "experts", "load", "report")
+MODULES = ("measure", "contest", "contestants", "models", "experts", "load", "report", "save", "verify")
 MIB = 1 << 20
 
 
@@ -194,7 +194,7 @@ def test_files_can_be_brought_into_the_page_cache_and_out_of_it(scripts, tmp_pat
 def contest(scripts: SimpleNamespace, **rows: tuple[str, float, float]) -> Any:
     """A contest of rows: their kind, wall and CPU seconds."""
     made = [scripts.contest.Row(name.replace("_", " "), kind, MIB, [w], [c]) for name, (kind, w, c) in rows.items()]
-    return scripts.contest.Contest("warm-owned", 2.0, 1, 0, 64 * MIB, "tensors, MiB", made)
+    return scripts.contest.Contest("warm-owned", 2.0, 1, 0, 64 * MIB, made)
 
 
 def test_every_peer_that_is_ahead_is_listed_with_its_numbers(scripts):
@@ -208,13 +208,65 @@ def test_every_peer_that_is_ahead_is_listed_with_its_numbers(scripts):
         streams=("stream", 0.1, 0.1),
     )
     assert list(found.losses()) == [
-        ("warm-owned", "faster", "shardtool", "0.80 to 1.00 (1.25 times)", ""),
-        ("warm-owned", "thriftier", "shardtool", "", "0.200 to 0.250 (1.25 times)"),
-        ("warm-owned", "maps (mapping)", "shardtool", "0.10 to 1.00 (10.00 times)", ""),
+        ("warm-owned", "faster", "shardtool", "0.80 to 1.00 (1.25 times)", "", ""),
+        ("warm-owned", "thriftier", "shardtool", "", "0.200 to 0.250 (1.25 times)", ""),
+        ("warm-owned", "maps (mapping)", "shardtool", "0.10 to 1.00 (10.00 times)", "", ""),
     ]
     assert list(found.verdicts()) == [
         "shardtool: 1.25 times the wall of the fastest (faster), 1.25 times the CPU of the thriftiest (thriftier)"
     ]
+
+
+def test_a_peer_that_takes_less_memory_beside_its_tensors_is_ahead_too(scripts):
+    found = contest(scripts, shardtool=("owned", 1.0, 0.5), less=("owned", 2.0, 0.6), alike=("owned", 2.0, 0.6))
+    ours, less, alike = found.rows
+    ours.over, less.over, less.held, alike.over = 41 * MIB, 60 * MIB, 50 * MIB, 40 * MIB
+    assert list(found.losses()) == [("warm-owned", "less", "shardtool", "", "", "10 to 40")]
+    less.over = 0  # was not measured
+    assert list(found.losses()) == []
+
+
+def test_memory_that_a_limit_does_not_bind_is_not_compared_with_it(scripts):
+    found = contest(scripts, shardtool=("save", 1.0, 0.5), script=("save", 2.0, 0.6))
+    found.limited = True
+    found.rows[0].over, found.rows[1].over = 60 * MIB, 500 * MIB
+    assert "| 60 | -4 |" in found.table()
+    assert "| 500 |  |" in found.table()
+    found.rows[0].over = 40 * MIB
+    assert "| 40 | does not bind |" in found.table()
+
+
+def test_verify_is_measured_against_the_slower_of_the_disk_and_the_hash(scripts):
+    def row(name: str, wall: float) -> Any:
+        return scripts.contest.Row(name, "verify", 0, [wall], [1.0])
+
+    verify = scripts.verify
+    warm, disk = [row(verify.LOOP, 1.0)], row(verify.DISK, 3.0)
+    assert verify.bar(warm, []) == (1.0, "hashing alone (the bare loop from the page cache)")
+    assert verify.bar([row(verify.LOOP, 2.0), disk], warm) == (3.0, "the disk alone")
+    assert verify.bar([row(verify.LOOP, 2.0), row(verify.DISK, 0.5)], warm)[0] == 1.0
+    found = contest(scripts, shardtool_verify=("verify", 4.0, 1.0))
+    found.bar, found.bar_name = 3.0, "the disk alone"
+    assert list(found.verdicts()) == ["shardtool verify: 75% of the rate of the disk alone; 90% is wanted"]
+
+
+def test_children_have_none_of_the_callers_settings(scripts, monkeypatch):
+    for name in ("RUNAI_STREAMER_CONCURRENCY", "SHARDTOOL_CONCURRENCY", "MALLOC_ARENA_MAX", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "3")
+    monkeypatch.setenv("FASTSAFETENSORS_X", "3")
+    monkeypatch.setenv("KEPT", "3")
+    made = scripts.measure.environ(RUNAI_STREAMER_CONCURRENCY="16")
+    assert made["KEPT"] == "3"
+    assert {name for name in made if name.startswith(scripts.measure.SETTINGS)} == {"RUNAI_STREAMER_CONCURRENCY"}
+
+
+def test_a_copy_does_not_share_what_it_copies(scripts, tmp_path):
+    words = scripts.save.copying(tmp_path)
+    assert words in (["cp", "-r"], ["cp", "-r", "--reflink=never"])
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "a").write_text("a")
+    scripts.measure.command(*words, tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_text() == "a"
 
 
 def test_a_contest_survives_json_and_shows_who_failed(scripts):
@@ -237,9 +289,18 @@ def test_contestants_take_turns_in_another_order_each_round(scripts):
 
         return row(name, "owned"), turn
 
-    rows = scripts.contest.take_turns([entry("a"), entry("b"), entry("c")], 3, lambda _row: None)
-    assert order == [*"abc", *"bca", *"cab"]
-    assert [len(one.walls) for one in rows] == [3, 3, 3]
+    def rounds() -> list[str]:
+        order.clear()
+        rows = scripts.contest.take_turns([entry(name) for name in "abcde"], 5, lambda _row: None)
+        assert [(one.name, len(one.walls)) for one in rows] == [(name, 5) for name in "abcde"]
+        return ["".join(order[i : i + 5]) for i in range(0, 25, 5)]
+
+    first = rounds()
+    assert all(sorted(one) == list("abcde") for one in first)
+    assert len(set(first)) == 5
+    behind = {one[one.index("b") - 1] for one in first if one[0] != "b"}
+    assert len(behind) > 1, "nobody always runs behind the same one"
+    assert rounds() == first
 
 
 def test_a_peer_that_fails_is_out_and_ours_must_not_fail(scripts):
@@ -268,7 +329,7 @@ def test_a_loss_that_the_data_holds_is_on_the_page(scripts):
     data["sections"] = {"load": {"command": "python benchmarks/load.py", "full": True, "contests": [lost.to_json()]}}
     page = scripts.report.render(data)
     assert "small size" not in page
-    assert "| warm-owned | peer | shardtool | 0.50 to 1.00 (2.00 times) |  |" in page
+    assert "| warm-owned | peer | shardtool | 0.50 to 1.00 (2.00 times) |  |  |" in page
     assert "Nowhere" not in page
     data["sections"]["load"]["full"] = False
     assert "at a small size" in scripts.report.render(data)

@@ -30,6 +30,7 @@ LINKED = [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 LANGUAGES = ("bash", "console", "json", "python", "text")
 STATUS = "echo $?"
 SECONDS = 240
+WIDTH = 120
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "s", "min", "GB/s")
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -233,7 +234,32 @@ def test_the_readme_names_every_document_example_and_script(folder: str) -> None
             assert f"{folder}/{path.name}" in text, path.name
 
 
+@pytest.mark.parametrize("path", LINKED, ids=relative)
+def test_lines_of_text_are_not_too_long(path: Path) -> None:
+    assert too_long(path.read_text()) == []
+
+
+def too_long(text: str) -> list[str]:
+    """The lines of more than 120 characters that are neither of a table nor of a block nor one word, such as a link."""
+    lines = _FENCE.sub("", text).splitlines()
+    return [line for line in lines if len(line) > WIDTH and line[:1] != "|" and " " in line[2:].strip()]
+
+
+def test_the_commands_document_names_every_variable_of_the_settings() -> None:
+    names = re.findall(r'"(SHARDTOOL_\w+)"', (ROOT / "shardtool" / "settings.py").read_text())
+    document = (ROOT / "docs" / "cli.md").read_text()
+    assert len(names) > 10
+    rows = re.findall(r"^\| `--[^|]+\| `(SHARDTOOL_\w+)`", document, re.MULTILINE)
+    assert sorted(rows) == sorted(set(names))
+
+
 # The checks themselves.
+
+
+def test_a_line_that_is_too_long_is_found() -> None:
+    line = "word " * 30
+    assert too_long(f"short\n\n{line}\n") == [line]
+    assert too_long(f"|{line}|\n\n```console\n$ {line}\n```\n[a]({'x' * 130})\n") == []
 
 
 def test_commands_are_told_from_their_output() -> None:

@@ -36,7 +36,8 @@ FLOORS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "L2b stores":    (("stores", "stores.*"),                                  ("L0 words", "L1 nouns")),
     "L3 engine":     (("container", "budget", "cast", "sinks", "sinks.*",
                        "engine", "checkpoint", "torchread", "computed",
-                       "segments", "exchange", "checked"),                    ("L0 words", "L1 nouns", "L2a layouts",
+                       "segments", "messages", "exchange",
+                       "checked"),                    ("L0 words", "L1 nouns", "L2a layouts",
                                                                                 "L2b stores")),
     "L3 tracing":    (("tracing", "tracing.*"),                                ("L0 words", "L1 nouns", "L2a layouts",
                                                                                 "L3 engine")),
@@ -56,7 +57,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 # Whose import is a privilege: the package, and the modules or floors that may import it.
 PRIVILEGES: dict[str, tuple[str, ...]] = {
-    "torch":    ("sinks.tensor", "sinks.segment", "sinks.device", "exchange", "cast", "dtypes", "computed",
+    "torch":    ("sinks.tensor", "sinks.segment", "sinks.device", "messages", "exchange", "cast", "dtypes", "computed",
                  "ops.load", "ops.measure", "ops.stream", "ops.borrow", "ops.slices", "ops.bring", "ops.together",
                  "ops.safe", "ops.model", "ops.tp_plan", "L3 tracing", "integrations.*"),
     "boto3":    ("stores.*",),

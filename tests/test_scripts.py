@@ -62,7 +62,7 @@ def test_the_demo_shows_every_command_and_how_to_serve(tmp_path: Path) -> None:
     path = f"{tools}:{os.environ['PATH']}"
     done = run(root, "demo", VIRTUAL_ENV=sys.prefix, PATH=path, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stdout
-    for command in ("save", "verify", "load", "reshard", "merge", "inspect"):
+    for command in ("save", "verify", "load", "reshard", "merge", "bench", "inspect"):
         assert f"\n$ shardtool {command} " in done.stdout, done.stdout
     assert "./llama-tp4: OK (compared with ./llama" in done.stdout
     assert "./llama-merged: OK (compared with ./llama" in done.stdout

@@ -38,7 +38,7 @@ class Benched:
             "memory_limit": found.memory_limit,
             "trials": [_trial(one) for one in found.trials],
             "best": [_trial(one) for one in found.best],
-            "settings": {"concurrency": found.best[0].concurrency},
+            "settings": {"concurrency": found.best[0].concurrency, "block_size": found.best[0].block},
             "notes": list(found.notes),
             "seconds": found.seconds,
             **self.memory.to_json(),
@@ -62,7 +62,8 @@ class Benched:
         for one in found.best:
             how = f"{_readers(one)}, {_blocks(one)}, {_speed(one)} with digests, {_cpu(one)}"
             yield f"best from the {one.state}: {how}"
-        yield f"settings: --concurrency {found.best[0].concurrency}"
+        good = found.best[0]
+        yield f"settings: --concurrency {good.concurrency} --block-size {good.block >> 20}MiB"
 
 
 def _trial(one: Trial) -> dict[str, Any]:

@@ -225,6 +225,7 @@ def _write(
     help="cpu, cuda or cuda:0; under torchrun cuda is the process's own GPU.  [default: cpu]",
 )
 @options.resources("8, and 16 for storage that is far away")
+@click.option("--block-size", metavar="SIZE", help="Bytes of one read at most, for example 4MiB.  [default: 8MiB]")
 @click.option("--verify/--no-verify", default=True, help="Check digests while reading.  [default: verify]")
 @click.option(
     "--distributed",
@@ -259,6 +260,7 @@ def load(uri: str, **flags: Any) -> int:
             device=device,
             concurrency=settings.concurrency(flags["concurrency"]),
             memory_limit=settings.memory_limit(flags["memory_limit"]),
+            block_size=settings.block_size(flags["block_size"]),
             verify=flags["verify"],
             pattern=flags["pattern"],
             distributed=distributed,

@@ -12,6 +12,7 @@
 What differs, and is meant to:
 
 * every tensor is the caller's, with ``owned=False`` too; no memory is used again while anybody looks at it;
+* what was not taken is dropped when the next files are streamed, where Run:ai refuses; there is no ring of buffers;
 * files of a shardtool checkpoint are checked against their digests on the way;
 * a memory limit may be smaller than the largest tensor;
 * a file in a bucket that is too short is found when it is opened, not when its end is reached;
@@ -34,6 +35,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -46,12 +48,15 @@ from shardtool.integrations.runai_streams import (
     FileStreamer,
     S3Credentials,
     Stream,
+    bounded,
+    listed,
     opener,
+    patterns,
     together,
     value_errors,
+    within,
 )
 from shardtool.ops.files import copy, gathered, open_files
-from shardtool.ops.limits import readers
 from shardtool.segments import Item
 from shardtool.stores import open_store
 from shardtool.units import show_size
@@ -252,14 +257,15 @@ def list_safetensors(path: str, s3_credentials: Any = None) -> list[str]:
         if "://" not in path:
             try:
                 with os.scandir(path) as entries:
-                    names = sorted(entry.name for entry in entries if entry.is_file() and entry.name[0] != ".")
+                    some = bounded(entries, path)
+                    names = sorted(entry.name for entry in some if entry.is_file() and entry.name[0] != ".")
             except (FileNotFoundError, NotADirectoryError):
                 return []
             return [os.path.join(path, name) for name in names if fnmatch(name, SAFETENSORS_PATTERN)]
         with opener(s3_credentials)(path) as store:
             return [
                 store.locate(found.key)
-                for found in store.list()
+                for found in listed(store)
                 if "/" not in found.key and fnmatch(found.key, SAFETENSORS_PATTERN)
             ]
 
@@ -275,20 +281,23 @@ def pull_files(
 
     A pattern is matched with a file's name below ``model_path`` and with its whole key in the bucket; ``*`` stands for
     slashes too. ``allow_pattern``: only what one of these matches; ``ignore_pattern``: nothing that one of these does.
+    The memory limit of the environment holds. Raises ``ValueError`` for what cannot be read, and for a pattern that is
+    not in a list.
     """
     with value_errors(), opener(s3_credentials)(model_path) as source, open_store(os.path.abspath(dst)) as to:
         above = source.locate("").partition("://")[2].partition("/")[2] if "://" in source.uri else ""
 
-        def matches(key: str, patterns: Collection[str]) -> bool:
-            return any(fnmatch(key, pattern) or fnmatch(above + key, pattern) for pattern in patterns)
+        allowed, ignored = patterns(allow_pattern, "allow_pattern"), patterns(ignore_pattern, "ignore_pattern")
+
+        def matches(key: str, given: Collection[str]) -> bool:
+            return any(fnmatch(key, pattern) or fnmatch(above + key, pattern) for pattern in given)
 
         wanted = [
             found
-            for found in source.list()
-            if (allow_pattern is None or matches(found.key, allow_pattern))
-            and not (ignore_pattern is not None and matches(found.key, ignore_pattern))
+            for found in listed(source)
+            if (allowed is None or matches(found.key, allowed)) and not (ignored and matches(found.key, ignored))
         ]
-        copy(source, to, wanted, threads=readers(settings.concurrency(None)))
+        within(partial(copy, source, to, wanted, concurrency=settings.concurrency(None)))
 
 
 class ObjectStorageModel:

@@ -3,6 +3,8 @@
 ::
 
     S3Credentials, opener    what opens a folder or a bucket, as a caller and the environment say
+    listed, patterns         what lies in a folder, and which of it is meant
+    within                   something under the memory limit of the environment
     value_errors             shardtool's errors become ``ValueError`` too, in Run:ai's words as well
     Stream                   tensors under way, which may be left and gone on with
     together                 ranks that stream the same, each byte read by one of them
@@ -16,18 +18,19 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from shardtool import settings
-from shardtool.checkpoint import Checkpoint, WeightFile
+from shardtool.checkpoint import MAX_OBJECTS, Checkpoint, WeightFile
 from shardtool.dtypes import DType
-from shardtool.errors import BudgetTooSmall, ShardtoolError
+from shardtool.errors import BudgetTooSmall, ShardtoolError, StoreError, UsageError
 from shardtool.exchange import Exchange, wanted
 from shardtool.header import Entry, Header
 from shardtool.ops.files import gathered
@@ -35,12 +38,14 @@ from shardtool.ops.load import handed
 from shardtool.ops.stream import Fresh
 from shardtool.segments import Item
 from shardtool.stores import open_store
-from shardtool.stores.base import Store
+from shardtool.stores.base import Object, Store
 from shardtool.stores.s3 import Access, S3Store
 
 if TYPE_CHECKING:
     import torch
 
+T = TypeVar("T")
+_LOOKING = 16  # files that are looked up at once
 _logger = logging.getLogger(__name__)
 
 
@@ -75,6 +80,41 @@ def opener(credentials: Any) -> Callable[[str], Store]:
     return opened
 
 
+def listed(store: Store) -> list[Object]:
+    """What lies in a folder and the folders in it. Raises ``UsageError`` for more than any checkpoint has."""
+    return bounded(store.list(), store.uri)
+
+
+def bounded(found: Iterable[T], where: str) -> list[T]:
+    """What a folder holds. Raises ``UsageError`` for more than any checkpoint has."""
+    some = list(itertools.islice(found, MAX_OBJECTS + 1))
+    if len(some) > MAX_OBJECTS:
+        raise UsageError(f"{where} holds more than {MAX_OBJECTS} files: name a folder that holds one model")
+    return some
+
+
+def patterns(given: object, name: str) -> Collection[str] | None:
+    """A collection of patterns, or None. Raises ``UsageError`` for a text, whose letters would be the patterns."""
+    if given is None:
+        return None
+    if isinstance(given, str) or not isinstance(given, Collection) or not all(isinstance(one, str) for one in given):
+        raise UsageError(f"{name}={given!r:.60} is not a list of patterns: write for example ['*.json']")
+    return given
+
+
+def within(begin: Callable[..., T], memory_limit: int | None = None) -> T:
+    """What ``begin`` makes within a memory limit, which is the environment's if none is given.
+
+    Run:ai counts its buffers alone, so that limits are in use that are smaller than what anything needs: then the least
+    that does is taken, with a warning.
+    """
+    try:
+        return begin(memory_limit=settings.memory_limit(None) if memory_limit is None else memory_limit)
+    except BudgetTooSmall as error:
+        _logger.warning("%s; this much is taken", error)
+        return begin(memory_limit=0)
+
+
 class Stream:
     """Tensors under way: everything that is iterated over is handed out once, in as many loops as it takes."""
 
@@ -86,10 +126,11 @@ class Stream:
         *,
         memory_limit: int | None = None,
         exchange: Exchange | None = None,
+        before: Callable[[], None] | None = None,
     ) -> None:
         self._store = checkpoint.store
         self._exchange = exchange
-        limit = settings.memory_limit(None) if memory_limit is None else memory_limit
+        self._before = before
         begin = partial(
             handed,
             checkpoint,
@@ -99,14 +140,17 @@ class Stream:
             order="ready",
             exchange=exchange,
         )
-        try:
-            self._tensors = begin(memory_limit=limit)
-        except BudgetTooSmall as error:
-            # Run:ai counts its buffers alone, so that limits are in use that are smaller than what anything needs.
-            _logger.warning("%s; this much is taken", error)
-            self._tensors = begin(memory_limit=0)
+        self._tensors = within(begin, memory_limit)
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        before, self._before = self._before, None
+        if before is not None:
+            try:
+                before()
+            except BaseException as error:
+                if self._exchange is not None:
+                    self._exchange.fail(error)
+                raise
         return map(_same, self._tensors)  # nothing closes a map, and it keeps no tensor
 
     def close(self) -> None:
@@ -170,6 +214,23 @@ class FileChunks:
         return f"FileChunks(id={self.id!r}, path={self.path!r}, ranges={len(self.sizes)}, bytes={self.total_size()})"
 
 
+def _expect_inside(store: Store, found: Sequence[Item]) -> None:
+    """Refuse ranges that do not lie in their files, before there is memory for them."""
+    ends: dict[str, int] = {}
+    for item in found:
+        entry = item.entry
+        if min(entry.offset, entry.nbytes) < 0:
+            raise UsageError(
+                f"{item.name} of {store.locate(item.file.key)} has {entry.nbytes} bytes from {entry.offset} on: "
+                "neither can be negative"
+            )
+        ends[item.file.key] = max(ends.get(item.file.key, 0), entry.offset + entry.nbytes)
+    with ThreadPoolExecutor(_LOOKING, thread_name_prefix="shardtool-stat") as pool:
+        for key, size in zip(ends, pool.map(lambda key: store.stat(key).size, ends), strict=True):
+            if ends[key] > size:
+                raise StoreError(f"{store.locate(key)} ends at byte {size}, before byte {ends[key]}")
+
+
 class _Ranges:
     """Streams ranges of files, each to be had as soon as it is there, as a tensor of bytes."""
 
@@ -214,7 +275,18 @@ class _Ranges:
                     self._ranges[name] = (request.id, index)
                     found.append(Item(name, file, Entry(name, DType.U8, (1, size), offset, size), None))
             ranges = Checkpoint(store.uri, store, "ranges", ())
-            self._stream = Stream(ranges, found, self.device_str, memory_limit=memory_limit, exchange=exchange)
+            self._stream = Stream(
+                ranges,
+                found,
+                self.device_str,
+                memory_limit=memory_limit,
+                exchange=exchange,
+                before=partial(_expect_inside, store, found),
+            )
+
+    def ring_info(self) -> tuple[int, int, int] | None:
+        """What Run:ai tells of its ring of buffers: None, as there is no ring here."""
+        return None
 
     def get_chunks(self) -> Iterator[tuple[int, int, torch.Tensor]]:
         """Yield the file's id, the number of its range and the bytes of shape [1, n], in the order in which they come.
@@ -262,15 +334,17 @@ class FileStreamer(_Ranges):
         """The files of a folder and their bytes.
 
         Patterns are matched with names below the folder; ``*`` stands for slashes too. Raises ``ValueError`` for a
-        folder of this machine that is not there.
+        folder of this machine that is not there, and for a pattern that is not in a list.
         """
         with value_errors(), opener(None)(prefix) as store:
+            allowed = patterns(allow_patterns, "allow_patterns")
+            ignored = patterns(ignore_patterns, "ignore_patterns") or ()
             return [
                 (store.locate(found.key), found.size)
-                for found in store.list()
+                for found in listed(store)
                 if (is_recursive or "/" not in found.key)
-                and (allow_patterns is None or any(fnmatch(found.key, pattern) for pattern in allow_patterns))
-                and not any(fnmatch(found.key, pattern) for pattern in ignore_patterns or ())
+                and (allowed is None or any(fnmatch(found.key, pattern) for pattern in allowed))
+                and not any(fnmatch(found.key, pattern) for pattern in ignored)
             ]
 
 

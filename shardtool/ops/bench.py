@@ -39,8 +39,8 @@ DISK, CACHE, STORAGE = "disk", "cache", "storage"
 SAMPLE = "2GiB"
 SECONDS = 10.0
 CONCURRENCIES = (1, 2, 4, 8, 16, 32)
-BLOCKS = (1 << 20, 32 << 20)
-"""Bytes of a read that are tried besides those of a chunk."""
+BLOCKS = (1 << 20, 4 << 20)
+"""Bytes of a read that are tried besides those of a chunk, of which a load reads no more at a time."""
 NEAR = 0.95
 """The share of the best speed that is as good."""
 MOST_SECONDS = 86400.0

@@ -6,7 +6,7 @@ writes into such a tensor gets copies of the pages it writes to; the file never 
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import mmap
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +17,7 @@ import torch
 
 from shardtool import digest
 from shardtool.checkpoint import Checkpoint
-from shardtool.errors import ChecksumMismatch, UsageError
+from shardtool.errors import ChecksumMismatch, FormatError, UsageError
 from shardtool.ops.limits import readers
 from shardtool.ops.stream import CONCURRENCY, RUN
 from shardtool.segments import Item, Segment, divide
@@ -78,8 +78,14 @@ def _fetch(segment: Segment, memory: mmap.mmap | None, where: str) -> None:
     if memory is None:
         return
     first = segment.start // mmap.PAGESIZE * mmap.PAGESIZE
-    with contextlib.suppress(OSError, ValueError):  # pages come as they are looked at, if not now
-        memory.madvise(_POPULATE, first, segment.start + segment.nbytes - first)
+    end = segment.start + segment.nbytes
+    if end > len(memory):
+        raise FormatError(f"{where} ends at byte {len(memory)}, before byte {end}")
+    try:
+        memory.madvise(_POPULATE, first, end - first)
+    except OSError as error:
+        if error.errno == errno.EFAULT:  # to look at such a page would end the process
+            raise FormatError(f"{where} was cut short while it was read; restore the file") from None
     view = memoryview(memory)
     for item in segment.items:
         for number, said in enumerate(item.chunks or ()):

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from queue import SimpleQueue
-from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from shardtool import schedule
@@ -33,7 +32,7 @@ from shardtool.header import Entry, Header
 from shardtool.ops.limits import DEPTH, STEP, readers, reading
 from shardtool.ops.rank import number
 from shardtool.ops.source import Source
-from shardtool.ops.stream import AHEAD, CONCURRENCY, RING, RUN, UNLIMITED, Fresh, Means, copier_for, handed_over
+from shardtool.ops.stream import AHEAD, CONCURRENCY, RING, RUN, UNLIMITED, Fresh, Means, Work, copier_for, handed_over
 from shardtool.parallel import Parallel
 from shardtool.plan import Piece, Stored, Tensor
 from shardtool.recipe import Recipe
@@ -322,7 +321,7 @@ def bring(
         except BaseException as error:
             ready.put(error)
 
-    thread = Thread(target=work, name="shardtool-slices", daemon=True)
+    thread = Work(work, copier)
     try:
         yield from handed_over(len(job.bundles), ready, thread, stop, clock, in_order=True)
     finally:

@@ -76,12 +76,13 @@ def read(
     limit = limit_of(memory_limit, least=LEAST, what="a verification", most=MOST)
     how = reading(limit - LEAST, concurrency, store)
     threads, tile = _divided(limit - how.held, how)
-    found = [(run, StreamDigester(run.sizes)) for file in files for run in runs(file, max(tile, READ))]
+    found = [run for file in files for run in runs(file, max(tile, READ))]
+    done: dict[Run, list[TensorDigest]] = {}
     # The longest first, so that none is left for one processor alone.
-    _side_by_side(store, sorted(found, key=lambda one: -one[0].nbytes), threads, tile, progress)
+    _side_by_side(store, sorted(found, key=lambda run: -run.nbytes), threads, tile, progress, done)
     digests: dict[str, list[TensorDigest]] = {file.key: [] for file in files}
-    for run, digester in found:
-        digests[run.key] += digester.digests()
+    for run in found:
+        digests[run.key] += done[run]
     return digests
 
 
@@ -150,27 +151,28 @@ def _now() -> tuple[float, float]:
 
 def _side_by_side(
     store: Store,
-    work: Iterable[tuple[Run, StreamDigester]],
+    work: Iterable[Run],
     threads: int,
     tile: int,
     progress: Callable[[int], None],
+    done: dict[Run, list[TensorDigest]],
 ) -> None:
-    """Bring every run to its digester; what any reader raises is raised here."""
+    """The digests of every run; what any reader raises is raised here."""
     left = iter(work)
     taking, telling = Lock(), Lock()
     stopped = Event()
     pace = _Pace(cores() + 1)
 
-    def take() -> tuple[Run, StreamDigester] | None:
+    def take() -> Run | None:
         with taking:
             return None if stopped.is_set() else next(left, None)
 
     def reader(number: int) -> None:
         pace.wait(number)
         memory = memoryview(b"")
-        while (one := take()) is not None:
+        while (run := take()) is not None:
             memory = memory or memoryview(anonymous(tile + PAGE))
-            run, digester = one
+            digester = StreamDigester(run.sizes)
             lead = run.start % PAGE  # in memory as in the file
             at = 0
             while at < run.nbytes and not stopped.is_set():
@@ -184,6 +186,8 @@ def _side_by_side(
                 with telling:
                     pace.count(times)
                     progress(len(view))
+            if at == run.nbytes:
+                done[run] = digester.digests()
         pace.end()
 
     with ThreadPoolExecutor(threads, thread_name_prefix="shardtool") as pool:

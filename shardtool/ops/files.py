@@ -22,15 +22,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardtool import digest, manifest
+from shardtool.budget import PAGE, limit_of
 from shardtool.checkpoint import Checkpoint, WeightFile, read_header
-from shardtool.errors import AccessDenied, NotFound, StoreError, TensorMismatch, UsageError
+from shardtool.errors import AccessDenied, FormatError, NotFound, StoreError, TensorMismatch, UsageError
 from shardtool.manifest import FileRecord
+from shardtool.ops.limits import reading
 from shardtool.segments import Item
 from shardtool.stores import open_store
 from shardtool.stores.base import Object, Store, Writer, check_key
 
 BLOCK = digest.CHUNK
-"""Bytes that are copied at a time."""
+"""Bytes that are copied at a time, at most."""
+LEAST = 64 << 10
+"""Bytes that are copied at a time, at least."""
+UNLIMITED = 1 << 40
 _HEADER_READERS = 16
 
 
@@ -142,7 +147,13 @@ def _records(store: Store) -> dict[str, FileRecord]:
         data = store.get(manifest.KEY, limit=manifest.MAX_BYTES)
     except (NotFound, AccessDenied):  # S3 denies what is not there to those who may not list
         return {}
-    return {record.key: record for record in manifest.decode(data, store.locate(manifest.KEY)).files}
+    where = store.locate(manifest.KEY)
+    try:
+        return {record.key: record for record in manifest.decode(data, where).files}
+    except FormatError as error:
+        raise FormatError(
+            f"{error}; it says what the files beside it shall be: restore it, or remove it to read them unchecked"
+        ) from None
 
 
 def _opened(store: Store, key: str, record: FileRecord | None) -> tuple[WeightFile, tuple[Item, ...]]:
@@ -161,17 +172,55 @@ def _opened(store: Store, key: str, record: FileRecord | None) -> tuple[WeightFi
     return file, tuple(Item(entry.name, file, entry, chunks[entry.name]) for entry in entries)
 
 
-def copy(source: Store, to: Store, objects: Iterable[Object], *, threads: int) -> None:
-    """Bring objects into another store, each visible when it is whole. So many blocks of 8 MiB are under way at once.
+@dataclass(frozen=True, slots=True)
+class Copying:
+    """How a copy keeps within its limit: so many blocks are read ahead, and one more is written."""
 
-    Raises ``StoreError`` for an object that is replaced meanwhile.
+    threads: int
+    block: int
+
+
+def copying(
+    source: Store, to: Store, objects: Sequence[Object], concurrency: int | None, memory_limit: int | str | None
+) -> Copying:
+    """Blocks of 8 MiB and as many readers as the limit has room for beside what the stores take; or smaller blocks.
+
+    Raises ``BudgetTooSmall`` with the bytes that would do.
     """
-    parts = ((thing, at) for thing in objects for at in (range(0, thing.size, BLOCK) or (0,)))
+    unit = max((to.unit(thing.size) for thing in objects), default=0)
+    held = max((to.held(thing.size) for thing in objects), default=0)
+    least, most = max(unit, LEAST), max(unit, BLOCK)
+    limit = limit_of(memory_limit, least=held + 2 * least, what=f"a copy of {source.uri}", most=UNLIMITED)
+    how = reading(limit - held, concurrency, source)
+    spare = limit - held - how.held
+    most = max(least, min(most, how.longest))
+    blocks = spare // most
+    if blocks < 2:
+        return Copying(1, max(least, spare // 2 // PAGE * PAGE))
+    return Copying(min(how.threads, blocks - 1), most)
+
+
+def copy(
+    source: Store,
+    to: Store,
+    objects: Iterable[Object],
+    *,
+    concurrency: int | None = None,
+    memory_limit: int | str | None = None,
+) -> None:
+    """Bring objects into another store, each visible when it is whole, with buffers within the memory limit.
+
+    Raises ``StoreError`` for an object that is replaced meanwhile, and ``BudgetTooSmall``.
+    """
+    wanted = list(objects)
+    how = copying(source, to, wanted, concurrency, memory_limit)
+    size, threads = how.block, how.threads
+    parts = ((thing, at) for thing in wanted for at in (range(0, thing.size, size) or (0,)))
     ahead: deque[tuple[Object, int, Future[NDArray[np.uint8]]]] = deque()
     writer: Writer | None = None
 
     def read(thing: Object, at: int) -> NDArray[np.uint8]:
-        block = np.empty(min(BLOCK, thing.size - at), np.uint8)
+        block = np.empty(min(size, thing.size - at), np.uint8)
         source.readinto(thing.key, at, block.data)
         return block
 
@@ -186,7 +235,7 @@ def copy(source: Store, to: Store, objects: Iterable[Object], *, threads: int) -
                 if writer is None:
                     writer = to.create(thing.key, thing.size)
                 writer.write(at, block.result().data)
-                if at + BLOCK >= thing.size:
+                if at + size >= thing.size:
                     if at and source.stat(thing.key).version != thing.version:
                         raise StoreError(f"{source.locate(thing.key)} was replaced while it was read: start again")
                     writer.commit()

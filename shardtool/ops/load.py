@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from shardtool.checkpoint import Checkpoint
 from shardtool.errors import TensorMismatch, UsageError
 from shardtool.exchange import Exchange, exchange_for, heard
 from shardtool.ops.rank import chosen, equal, items, number, opened
-from shardtool.ops.stream import Fresh, Given, Means, flow, means_for, ordered
+from shardtool.ops.stream import Fresh, Given, Handed, Means, flow, means_for, ordered
 from shardtool.segments import Item
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def stream(
     pp: int = 1,
     layout: str | None = None,
     order: Order = "file",
+    block_size: int | str | None = None,
     distributed: bool | str = "auto",
     scope: str = "node",
     borrow: bool = False,
@@ -51,8 +52,9 @@ def stream(
 
     ``rank`` may be left out where there is only one, or none (a Hugging Face checkpoint). ``verify``: check each
     chunk's digest on the way, if there is a manifest; a damaged tensor raises ``ChecksumMismatch`` before it is
-    handed over. ``memory_limit``: bytes or a text such as ``1GiB``. ``order``: ``file``, as they lie in the files;
-    ``ready``, as soon as they are there; or a list of names: just those tensors, one after the other.
+    handed over. ``memory_limit``: bytes or a text such as ``1GiB``. ``block_size``: bytes of one read at most.
+    ``order``: ``file``, as they lie in the files; ``ready``, as soon as they are there; or a list of names: just those
+    tensors, one after the other.
 
     ``tp``, ``pp``: what ``rank`` holds of so many ranks, whatever the checkpoint was cut for, if at all; ``layout`` as
     in ``save``. Only the ranges that it needs are read, and cut on the way (``ops.slices.sliced`` has more to say).
@@ -86,7 +88,7 @@ def stream(
         raise UsageError("borrow=True exchanges nothing; leave distributed out")
     if borrow:
         distributed = False
-    exchange = exchange_for(uri, distributed, scope=scope, device=Fresh(device).device)
+    exchange = exchange_for(uri, distributed, scope=scope, device=device)
     with heard(exchange):
         checkpoint = opened(uri, rank, pattern)
         with checkpoint.store.closed_on_failure():
@@ -94,7 +96,8 @@ def stream(
             found = items(checkpoint, of, verify=verify)
             exchange = for_whole(exchange, of)
             if borrow:
-                return _closing(checkpoint, _borrowed(checkpoint, found, device, order, concurrency, progress))
+                borrowed = _borrowed(checkpoint, found, device, order, concurrency, progress)
+                return Handed(_closing(checkpoint, borrowed), checkpoint.store.close)
             tensors = handed(
                 checkpoint,
                 found,
@@ -102,10 +105,17 @@ def stream(
                 memory_limit=memory_limit,
                 concurrency=concurrency,
                 order=order,
+                block_size=block_size,
                 exchange=exchange,
                 progress=progress,
             )
-    return _closing(checkpoint, tensors)
+
+    def unbegun() -> None:
+        checkpoint.store.close()
+        if exchange is not None:
+            exchange.fail(GeneratorExit())
+
+    return Handed(_closing(checkpoint, tensors), unbegun)
 
 
 def _borrowed(
@@ -130,7 +140,7 @@ def for_whole(exchange: Exchange | None, rank: int | None) -> Exchange | None:
     return None
 
 
-def _closing(checkpoint: Checkpoint, tensors: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+def _closing(checkpoint: Checkpoint, tensors: Iterator[tuple[str, Any]]) -> Generator[tuple[str, Any], None, None]:
     """The same, with the checkpoint's store closed at the end."""
     with checkpoint.store:
         yield from tensors
@@ -149,6 +159,7 @@ def load(
     pp: int = 1,
     layout: str | None = None,
     order: Order = "file",
+    block_size: int | str | None = None,
     distributed: bool | str = "auto",
     scope: str = "node",
     borrow: bool = False,
@@ -168,6 +179,7 @@ def load(
             pp=pp,
             layout=layout,
             order=order,
+            block_size=block_size,
             distributed=distributed,
             scope=scope,
             borrow=borrow,
@@ -203,7 +215,7 @@ def load_into(
     given = target.state_dict(keep_vars=True) if isinstance(target, torch.nn.Module) else dict(target)
     tensors = {name: tensor for name, tensor in given.items() if isinstance(tensor, torch.Tensor)}
     device = next((str(tensor.device) for tensor in tensors.values()), "cpu")
-    exchange = exchange_for(uri, distributed, scope=scope, device=Fresh(device).device)
+    exchange = exchange_for(uri, distributed, scope=scope, device=device)
     with heard(exchange):
         checkpoint = opened(uri, rank, pattern)
         with checkpoint.store:
@@ -260,6 +272,7 @@ def handed(
     memory_limit: int | str | None = None,
     concurrency: int | None = None,
     order: Order = "file",
+    block_size: int | str | None = None,
     exchange: Exchange | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -269,7 +282,7 @@ def handed(
     places = Fresh(device)
     wanted = ordered(found, order)
     ranks = exchange.size if exchange is not None else 1
-    means = means_for(checkpoint, wanted, places, memory_limit, concurrency, ranks=ranks)
+    means = means_for(checkpoint, wanted, places, memory_limit, concurrency, ranks=ranks, block_size=block_size)
     tensors = flow(checkpoint, wanted, places, means, order=order, progress=progress, exchange=exchange)
     return _ending(means, tensors)
 

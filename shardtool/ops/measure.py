@@ -66,6 +66,7 @@ def measure(
     distributed: bool | str = "auto",
     scope: str = "node",
     own: int | None = None,
+    block_size: int | str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LoadReport:
     """Stream a rank, or every rank, dropping the tensors, and report.
@@ -73,9 +74,11 @@ def measure(
     Rank r goes to ``cuda:r`` where there are as many GPUs. ``own``: the rank of this process, which is loaded where
     there are ranks and none was said.
     """
-    exchange = exchange_for(uri, distributed, scope=scope, device=Fresh(device).device)
+    exchange = exchange_for(uri, distributed, scope=scope, device=device)
     with heard(exchange):
-        return _measured(uri, rank, own, device, concurrency, memory_limit, verify, pattern, exchange, progress)
+        return _measured(
+            uri, rank, own, device, concurrency, memory_limit, verify, pattern, block_size, exchange, progress
+        )
 
 
 def _measured(
@@ -87,6 +90,7 @@ def _measured(
     memory_limit: int | str | None,
     verify: bool,
     pattern: str | None,
+    block_size: int | str | None,
     exchange: Exchange | None,
     progress: Callable[[int, int], None] | None,
 ) -> LoadReport:
@@ -103,7 +107,7 @@ def _measured(
         every = [item for _, found, _ in jobs for item in found]
         # One set of buffers for all ranks: memory that one of them has used is there for the next.
         many = 1 if exchange is None else exchange.size
-        means = means_for(checkpoint, every, jobs[0][2], memory_limit, concurrency, ranks=many)
+        means = means_for(checkpoint, every, jobs[0][2], memory_limit, concurrency, ranks=many, block_size=block_size)
     total = sum(item.entry.nbytes for item in every)
     done = 0
 
@@ -112,14 +116,16 @@ def _measured(
             progress(done + so_far, total)
 
     loads = []
-    with checkpoint.store:
-        for r, found, where in jobs:
-            at = time.monotonic()
-            exhaust(flow(checkpoint, found, where, means, progress=tell, exchange=exchange))
-            nbytes = sum(item.entry.nbytes for item in found)
-            done += nbytes
-            loads.append(RankLoad(r, str(where.device), len(found), nbytes, time.monotonic() - at))
-    means.slabs.stop()
+    try:
+        with checkpoint.store:
+            for r, found, where in jobs:
+                at = time.monotonic()
+                exhaust(flow(checkpoint, found, where, means, progress=tell, exchange=exchange))
+                nbytes = sum(item.entry.nbytes for item in found)
+                done += nbytes
+                loads.append(RankLoad(r, str(where.device), len(found), nbytes, time.monotonic() - at))
+    finally:
+        means.slabs.stop()
     verified = verify and all(item.chunks is not None for item in every)
     notes = () if verified or not verify else ("there is no manifest, so that no digest was checked",)
     return LoadReport(

@@ -25,38 +25,47 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from shardtool.checkpoint import Checkpoint
+from shardtool.checkpoint import KINDS, Checkpoint, WeightFile, read_header
 from shardtool.errors import NotFound, UsageError
 from shardtool.ops.gather import Octets, gather
 from shardtool.ops.limits import readers
 from shardtool.ops.load import handed, load
-from shardtool.ops.rank import chosen, items, opened
+from shardtool.ops.rank import chosen, items, number, opened
 from shardtool.ops.stream import Fresh
 from shardtool.segments import Item
+from shardtool.stores import open_store
 from shardtool.window import Window, row_major
 
 if TYPE_CHECKING:
     import torch
 
 FRAMEWORKS = {"pt": "pt", "torch": "pt", "pytorch": "pt", "np": "np", "numpy": "np"}
+BACKENDS = ("mmap", "pread")
+"""The ways to read that the safetensors library offers; here tensors are read in one way, whatever is asked."""
 
 
 def load_file(
-    uri: str | os.PathLike[str], device: str | int = "cpu", *, rank: int | None = None
+    filename: str | os.PathLike[str], device: str | int = "cpu", *, backend: str = "mmap", rank: int | None = None
 ) -> dict[str, torch.Tensor]:
     """All tensors of a file, a folder or an address by name, as ``safetensors.torch.load_file`` gives those of a file.
 
-    ``rank``: which shard, where there are several. Digests are checked if there is a manifest. Each process reads for
-    itself; ``load`` lets the ranks of a group read together.
+    ``rank``: which shard, where there are several. Digests are checked if there is a manifest. ``backend`` is taken as
+    safetensors takes it and changes nothing. Each process reads for itself; ``load`` lets the ranks of a group read
+    together.
     """
-    return load(uri, rank=rank, device=_device(device), distributed=False)
+    _expect_backend(backend)
+    if _is_file(filename):
+        with safe_open(filename, device=device, rank=rank) as found:
+            return found.get_tensors()
+    return load(filename, rank=rank, device=_device(device), distributed=False)
 
 
 def safe_open(
-    uri: str | os.PathLike[str],
+    filename: str | os.PathLike[str],
     framework: str = "pt",
     device: str | int = "cpu",
     *,
+    backend: str = "mmap",
     rank: int | None = None,
     pattern: str | None = None,
     verify: bool = True,
@@ -64,10 +73,13 @@ def safe_open(
 ) -> Opened:
     """Open a file, a folder or an address for single tensors and slices, as ``safetensors.safe_open`` opens a file.
 
+    A file of this machine is a safetensors file whatever it is called, unless its name ends in ``.bin``.
     ``framework``: ``pt`` for torch tensors, ``np`` for numpy arrays (which needs no torch). ``rank``: which shard,
     where there are several. ``verify``: check the digests of chunks that are read as a whole, if there is a manifest.
-    ``concurrency``: how many parts of one tensor are read at once. What is handed out belongs to the caller.
+    ``concurrency``: how many parts of one tensor are read at once. ``backend`` is taken as safetensors takes it and
+    changes nothing. What is handed out belongs to the caller.
     """
+    _expect_backend(backend)
     kind = FRAMEWORKS.get(str(framework))
     where = _device(device)
     if kind is None:
@@ -78,7 +90,7 @@ def safe_open(
         found = Fresh(where).device
         where = "cpu" if found.type == "cpu" else str(found)
     readers(concurrency)  # refused before anything is opened
-    checkpoint = opened(uri, rank, pattern)
+    checkpoint = _single(filename, rank) if _is_file(filename) else opened(filename, rank, pattern)
     with checkpoint.store.closed_on_failure():
         number = chosen(checkpoint, rank)
         return Opened(checkpoint, number, items(checkpoint, number, verify=verify), kind, where, concurrency)
@@ -228,6 +240,27 @@ class Slice:
 
             then = tuple(torch.from_numpy(one) if isinstance(one, np.ndarray) else one for one in then)
         return found[(*then, ...)]  # the ellipsis keeps an array of no dimensions an array
+
+
+def _is_file(filename: str | os.PathLike[str]) -> bool:
+    """Whether this is a file of this machine whose name does not say what it is, as in the cache of a hub."""
+    path = os.fspath(filename)
+    return not path.endswith(KINDS) and "://" not in path and os.path.isfile(path)
+
+
+def _single(filename: str | os.PathLike[str], rank: int | None) -> Checkpoint:
+    """One safetensors file, whatever it is called."""
+    number(rank, "rank")
+    path = os.fspath(filename)
+    folder, name = os.path.split(path)
+    with open_store(folder or ".").closed_on_failure() as store:
+        size = store.stat(name).size
+        return Checkpoint(path, store, "huggingface", (WeightFile(name, size, read_header(store, name, size)),))
+
+
+def _expect_backend(backend: object) -> None:
+    if backend not in BACKENDS:
+        raise UsageError(f"backend={backend!r} is not offered; leave it out, or write {' or '.join(BACKENDS)}")
 
 
 def _device(device: object) -> str:

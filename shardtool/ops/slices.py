@@ -13,7 +13,7 @@ backwards. The tensors equal those that ``save`` writes for the rank, one by one
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ from shardtool.ops.bring import Slices, slice_of
 from shardtool.ops.layout import Choice
 from shardtool.ops.rank import items, number, text
 from shardtool.ops.source import Source
+from shardtool.ops.stream import Handed
 from shardtool.ops.together import together
 from shardtool.parallel import Parallel
 
@@ -88,10 +89,16 @@ def sliced(
         with found.store.closed_on_failure():
             take = found.tensors if exchange is None else partial(together, found, exchange)
             tensors = take(device=device, memory_limit=memory_limit, concurrency=concurrency, progress=progress)
-    return _closing(found, tensors)
+
+    def unbegun() -> None:
+        found.close()
+        if exchange is not None:
+            exchange.fail(GeneratorExit())
+
+    return Handed(_closing(found, tensors), unbegun)
 
 
-def _closing(found: Slices, tensors: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+def _closing(found: Slices, tensors: Iterator[tuple[str, Any]]) -> Generator[tuple[str, Any], None, None]:
     with found:
         yield from tensors
 

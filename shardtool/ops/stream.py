@@ -11,19 +11,20 @@ What was handed over is the caller's; a tensor that does not fit is let in alone
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
-from threading import Thread
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 from shardtool import digest, schedule
 from shardtool.budget import PAGE, Arena, Gate, Slabs, limit_of
 from shardtool.checkpoint import Checkpoint
 from shardtool.engine import Clock, execute
-from shardtool.errors import UsageError
+from shardtool.errors import FormatError, UsageError
 from shardtool.ops.limits import readers
 from shardtool.segments import Item, Segment, divide
+from shardtool.units import parse_size, show_size
 
 if TYPE_CHECKING:
     import torch
@@ -120,7 +121,7 @@ class Given:
 class Means:
     """What a run may use, and one after it again. ``run``: bytes of small tensors that are read as one.
 
-    ``ahead``: bytes that ``slabs`` and ``gate`` let in.
+    ``ahead``: bytes that ``slabs`` and ``gate`` let in; ``block``: bytes of one read at most.
     """
 
     arena: Arena
@@ -130,6 +131,7 @@ class Means:
     run: int
     clock: Clock = field(default_factory=Clock)
     ahead: int = 0
+    block: int = digest.CHUNK
 
 
 def means_for(
@@ -140,20 +142,26 @@ def means_for(
     concurrency: int | None,
     *,
     ranks: int = 1,
+    block_size: int | str | None = None,
 ) -> Means:
     """Divide the limit between buffers and what is read ahead; of several ranks also what the others read."""
     threads = readers(concurrency, CONCURRENCY if checkpoint.store.remote else LOCAL)
     staged = any(places.staged(item) for item in found)
+    turned = any(item.entry.strides is not None for item in found)
     least = LEAST
     if staged:
-        least += max(min(digest.CHUNK, item.entry.nbytes) for item in found if places.staged(item))
-    least += checkpoint.store.reading(threads)
+        least += max(min(digest.CHUNK, item.entry.nbytes) for item in found if places.staged(item)) + PAGE
+    if turned:
+        least += 2 * (schedule.FLOOR + schedule.ALIGN)
     limit = limit_of(memory_limit, least=least, what=f"loading {checkpoint.uri}", most=UNLIMITED)
-    limit -= checkpoint.store.reading(threads)
+    store = checkpoint.store
+    while threads > 1 and store.reading(threads) > (limit - least + LEAST) // 2:  # under so small a limit fewer do
+        threads -= 1
+    limit -= store.reading(threads)
     if staged:
-        size = max(least - LEAST // 2, min(limit // 2, RING))
-    elif any(item.entry.strides is not None for item in found):
-        size = min(limit // 2, SCRATCH)
+        size = max(least - LEAST + LEAST // 4, min(limit // 2, RING))
+    elif turned:
+        size = max(schedule.FLOOR + schedule.ALIGN, min(limit // 2, SCRATCH))
     else:
         size = 0
     ahead = min(limit - size, max(AHEAD, 2 * max((item.entry.nbytes + PAGE for item in found), default=0)))
@@ -162,7 +170,18 @@ def means_for(
         ahead = min(ahead, (limit - size) // 2)
         run = max(LEAST, sum(item.entry.nbytes for item in found) // (4 * ranks))  # so that there is some for each
     run = min(run, RUN, max(PAGE, ahead // 4))
-    return Means(Arena(size), Slabs(ahead), Gate(ahead), threads, min(run, size) if staged else run, ahead=ahead)
+    run = min(run, size) if staged else run
+    return Means(Arena(size), Slabs(ahead), Gate(ahead), threads, run, ahead=ahead, block=block_of(block_size))
+
+
+def block_of(block_size: int | str | None) -> int:
+    """Bytes of one read at most: a chunk, of which a digest is, or less."""
+    if block_size is None:
+        return digest.CHUNK
+    size = parse_size(block_size, "--block-size")
+    if size < LEAST:
+        raise UsageError(f"--block-size {block_size} is too small; write {show_size(LEAST)} or more")
+    return min(size, digest.CHUNK)
 
 
 def ordered(found: Sequence[Item], order: str | Sequence[str]) -> list[Item]:
@@ -179,6 +198,31 @@ def ordered(found: Sequence[Item], order: str | Sequence[str]) -> list[Item]:
             raise UsageError(f"order names the tensor {name!r}, which there is not, or which it has named before")
         chosen.append(item)
     return chosen
+
+
+class Handed(Iterator[tuple[str, Any]]):
+    """Tensors one after the other. Closed or dropped, it gives back what it holds, even if it was never begun.
+
+    A generator that was never begun knows nothing of that: ``unbegun`` says what is to be done then.
+    """
+
+    def __init__(self, tensors: Generator[tuple[str, Any], None, None], unbegun: Callable[[], None]) -> None:
+        self._tensors = tensors
+        self._unbegun: Callable[[], None] | None = unbegun
+
+    def __next__(self) -> tuple[str, Any]:
+        self._unbegun = None
+        return next(self._tensors)
+
+    def close(self) -> None:
+        """Take no more."""
+        unbegun, self._unbegun = self._unbegun, None
+        self._tensors.close()
+        if unbegun is not None:
+            unbegun()
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def flow(
@@ -207,10 +251,15 @@ def flow(
     ready: Ready = SimpleQueue()
     total = sum(item.entry.nbytes for item in found)
 
+    # With an exchange a tensor that does not fit waits for its turn: another rank's may be on its way here before.
+    turns = {n: Event() for n in owners if segments[n].nbytes > means.ahead}
+
     def stop() -> None:
         means.arena.stop()
         means.slabs.stop()
         means.gate.stop()
+        for turn in turns.values():
+            turn.set()
 
     def fail(error: BaseException) -> None:
         ready.put(error)
@@ -230,8 +279,10 @@ def flow(
                 sink.begin()
                 continue
             target = segment.target(sink, place.staging)
+            if number in turns:
+                turns[number].wait()
             yield from schedule.steps(
-                [[target]], limit=means.arena.size, want=digest.CHUNK, longest=digest.CHUNK, tile=digest.CHUNK
+                [[target]], limit=means.arena.size, want=digest.CHUNK + PAGE, longest=means.block, tile=digest.CHUNK
             )
 
     def work() -> None:
@@ -257,16 +308,17 @@ def flow(
                 )
             finally:
                 copier.close()
+            check_versions(checkpoint, found)
             ready.put(None)
         except BaseException as error:
             ready.put(error)
 
-    thread = Thread(target=work, name="shardtool-load", daemon=True)
+    thread = Work(work, copier)
     if exchange is None:
         return handed_over(len(segments), ready, thread, stop, means.clock, in_order=order != "ready")
     apart = replace(means, slabs=Slabs(means.ahead), gate=Gate(means.ahead))
     theirs = {n: places.place(segments[n], apart) for n, owner in owners.items() if owner != exchange.rank}
-    shared = _together(segments, theirs, ready, thread, stop, means.clock, exchange)
+    shared = _together(segments, theirs, turns, ready, thread, stop, means.clock, exchange, apart)
     return shared if progress is None else _told(shared, found, progress)
 
 
@@ -289,8 +341,32 @@ def copier_for(places: Fresh | Given, means: Means, fail: Callable[[BaseExceptio
 
     devices = [device for device in places.devices if device.type == "cuda"]
     if devices:
-        return Queued(Cuda(means.arena.memory, devices), means.clock, fail)
+        return Queued(lambda: Cuda(means.arena.memory, devices), means.clock, fail)
     return Plain(means.clock)
+
+
+class Work(Thread):
+    """The engine's thread. What copies need is taken when it starts, by the thread that will take the tensors."""
+
+    def __init__(self, work: Callable[[], None], copier: Copier) -> None:
+        super().__init__(target=work, name="shardtool-load", daemon=True)
+        self._copier = copier
+
+    def start(self) -> None:
+        """Open the copier, and begin."""
+        self._copier.open()
+        try:
+            super().start()
+        except BaseException:
+            self._copier.close()
+            raise
+
+
+def check_versions(checkpoint: Checkpoint, found: Sequence[Item]) -> None:
+    """Refuse files that others than those that were opened have replaced: tensors may be of either."""
+    for key, version in {item.file.key: item.file.version for item in found if item.entry.nbytes}.items():
+        if version and checkpoint.store.stat(key).version not in ("", version):
+            raise FormatError(f"{checkpoint.store.locate(key)} has changed while it was read; load it again")
 
 
 def handed_over(
@@ -309,6 +385,7 @@ def handed_over(
         for number in range(count):
             sink = _next(ready, waiting, number if in_order else None, clock)
             yield from _taken(sink.segment, sink.place)
+        _ended(ready)
     except BaseException:
         stop()
         raise
@@ -316,18 +393,27 @@ def handed_over(
         thread.join()
 
 
+def _ended(ready: Ready) -> None:
+    """All has been taken; raises what the engine still ended with."""
+    came = ready.get()
+    if isinstance(came, BaseException):
+        raise came
+
+
 def _together(
     segments: Sequence[Segment],
     theirs: Mapping[int, Place],
+    turns: Mapping[int, Event],
     ready: Ready,
     thread: Thread,
     stop: Callable[[], None],
     clock: Clock,
     exchange: Exchange,
+    apart: Means,
 ) -> Iterator[tuple[str, Any]]:
     """The same on every rank: what this one has read goes to the others, what they have read comes here.
 
-    ``theirs``: where the segments go that other ranks read.
+    ``theirs``: where the segments go that other ranks read, ``apart``: in memory of their own.
     """
     waiting: dict[int, SegmentSink] = {}
     turn = 0
@@ -336,6 +422,8 @@ def _together(
         try:
             for number, segment in enumerate(segments):
                 place = theirs.get(number)
+                if number in turns:
+                    turns[number].set()
                 if place is None:
                     place = _next(ready, waiting, number, clock).place
                 else:
@@ -346,11 +434,13 @@ def _together(
                     clock.add("exchange", began)
                     turn += 1
                 yield from _taken(segment, place)
+            _ended(ready)
         except BaseException:
             stop()
             raise
         finally:
             thread.join()
+            apart.slabs.stop()
 
 
 def _next(ready: Ready, waiting: dict[int, SegmentSink], number: int | None, clock: Clock) -> SegmentSink:

@@ -12,8 +12,10 @@ Tensors are handed on when their bytes have arrived as the host sees it, so that
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any, Protocol
@@ -30,6 +32,12 @@ Landed = Callable[[], None]
 class Copier(Protocol):
     """Copies tiles on."""
 
+    def open(self) -> None:
+        """Get ready; called by the thread that will take the tensors."""
+
+    def making(self) -> AbstractContextManager[None]:
+        """Where destinations are made, or taken over, by the dispatcher."""
+
     def copy(self, pairs: Pairs, landed: Landed) -> None:
         """Copy each source to its destination and call ``landed`` when all are there: soon, or at once."""
 
@@ -42,6 +50,13 @@ class Plain:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
+
+    def open(self) -> None:
+        """Nothing is needed."""
+
+    def making(self) -> AbstractContextManager[None]:
+        """Anywhere."""
+        return nullcontext()
 
     def copy(self, pairs: Pairs, landed: Landed) -> None:
         """Copy and tell."""
@@ -58,6 +73,9 @@ class Plain:
 class Events(Protocol):
     """How a device is told to copy, and when it has: the part of this room that needs one."""
 
+    def making(self) -> AbstractContextManager[None]:
+        """Where destinations are made."""
+
     def begin(self, pairs: Pairs) -> Any:
         """Begin to copy; returns a token."""
 
@@ -69,22 +87,42 @@ class Events(Protocol):
 
 
 class Queued:
-    """Copies that a device makes by itself, while readers go on. ``fail`` is told of an error that a copy ends with."""
+    """Copies that a device makes by itself, while readers go on. ``fail`` is told of an error that a copy ends with.
 
-    def __init__(self, events: Events, clock: Clock, fail: Callable[[BaseException], None]) -> None:
-        self._events = events
+    ``make`` is called when it is opened: what is never begun takes nothing of the device.
+    """
+
+    def __init__(self, make: Callable[[], Events], clock: Clock, fail: Callable[[BaseException], None]) -> None:
+        self._make = make
         self._clock = clock
         self._fail = fail
+        self._events: Events | None = None
         self._under_way: SimpleQueue[tuple[Any, Landed] | None] = SimpleQueue()
         self._thread = Thread(target=self._run, name="shardtool-copies", daemon=True)
+
+    @property
+    def events(self) -> Events:
+        """The device, which was opened."""
+        assert self._events is not None
+        return self._events
+
+    def open(self) -> None:
+        """Take what the device needs, and wait for its copies from now on."""
+        self._events = self._make()
         self._thread.start()
+
+    def making(self) -> AbstractContextManager[None]:
+        """Where the device wants destinations to be made."""
+        return self.events.making()
 
     def copy(self, pairs: Pairs, landed: Landed) -> None:
         """Begin to copy."""
-        self._under_way.put((self._events.begin(pairs), landed))
+        self._under_way.put((self.events.begin(pairs), landed))
 
     def close(self) -> None:
         """Wait for everything under way."""
+        if self._events is None:
+            return
         self._under_way.put(None)
         self._thread.join()
         self._events.close()
@@ -94,7 +132,7 @@ class Queued:
             token, landed = job
             try:
                 began = time.perf_counter()
-                self._events.wait(token)
+                self.events.wait(token)
                 self._clock.add("copy", began)
                 landed()
             except BaseException as error:
@@ -108,25 +146,41 @@ class Cuda:
         """``memory``: all that copies are made from. Called by the thread that will take the tensors."""
         self._callers = {device: torch.cuda.current_stream(device) for device in devices}
         self._streams = {device: torch.cuda.Stream(device) for device in self._callers}
+        self._first = next(iter(self._callers))  # every device that is current gets a context, which takes memory
+        self._memory: memoryview | None = memory  # which must not go before the driver has forgotten it
         self._address = np.frombuffer(memory, np.uint8).ctypes.data
-        # Memory that cannot be registered (a limit on locked pages) is copied all the same, only slower.
-        self._pinned = int(torch.cuda.cudart().cudaHostRegister(self._address, len(memory), 0)) == 0
+        with torch.cuda.device(self._first):
+            refused = int(torch.cuda.cudart().cudaHostRegister(self._address, len(memory), _PORTABLE))
+            if refused:
+                # Memory that cannot be registered (a limit on locked pages) is copied all the same, only slower. The
+                # driver remembers the refusal as its last error, and the next kernel of anybody would be blamed for it.
+                with contextlib.suppress(RuntimeError):
+                    torch.zeros(1, device=self._first)
+        self._pinned = not refused
+        for device, stream in self._streams.items():  # parameters may still be worked on
+            stream.wait_stream(self._callers[device])
+
+    @contextlib.contextmanager
+    def making(self) -> Iterator[None]:
+        """Destinations are the caller's streams' own. What these still do with memory taken over comes first."""
+        with contextlib.ExitStack() as stack:
+            for stream in self._callers.values():
+                stack.enter_context(torch.cuda.stream(stream))
+            yield
+        for device, stream in self._streams.items():
+            stream.wait_stream(self._callers[device])
 
     def begin(self, pairs: Pairs) -> list[torch.cuda.Event]:
         """Copy on the side stream of each destination's device."""
         events = []
         for device in {target.device for target, _ in pairs}:
-            stream = self._streams[device]
-            # What is still to be done with memory that this destination has taken over, or filled before, comes first.
-            stream.wait_stream(self._callers[device])
-            stream.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(stream):
+            with torch.cuda.stream(self._streams[device]):
                 for target, source in pairs:
                     if target.device == device:
                         target.copy_(source, non_blocking=True)
-                        target.record_stream(stream)
+                        target.record_stream(self._streams[device])
                 event = torch.cuda.Event()
-                event.record(stream)
+                event.record(self._streams[device])
             events.append(event)
         return events
 
@@ -138,5 +192,13 @@ class Cuda:
     def close(self) -> None:
         """Give the memory back to the system."""
         if self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(self._address)
+            with torch.cuda.device(self._first):
+                if int(torch.cuda.cudart().cudaHostUnregister(self._address)):
+                    _kept.append(self._memory)
             self._pinned = False
+        self._memory = None
+
+
+_PORTABLE = 1  # cudaHostRegisterPortable: for every device
+_kept: list[memoryview | None] = []
+"""Memory that the driver would not forget: what came to lie there would be taken for it."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from threading import Lock
 from typing import Protocol
@@ -115,8 +116,8 @@ class Fresh:
     def leave(self) -> None:
         """Give the slab to the caller."""
         if self._slab is not None:
-            slab, self._slab = self._slab, None
-            self._slabs.give(slab)
+            size, self._slab = self._slab.size, None
+            self._slabs.give(size)
 
 
 class Apart:
@@ -272,7 +273,8 @@ class SegmentSink:
         if not self._begun:
             self._begun = True
             began = time.perf_counter()
-            self.place.begin()
+            with self._copier.making() if self.staging else nullcontext():
+                self.place.begin()
             self._clock.add("room", began)
             if not self._left:
                 self._ready(self)

@@ -18,6 +18,7 @@ Otherwise the bytes come to lie a little behind their place, and are moved there
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import mmap
 import os
@@ -122,8 +123,9 @@ class Reader:
                         done += count
                         if count < len(piece):
                             break
-            except OSError:  # what is wrong with the file itself shows again below
-                file.refuse()
+            except OSError as error:  # what is wrong with the file itself shows again below
+                if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+                    file.refuse()
         return done + _through(file.fd, start + done, memory[done:])
 
 

@@ -393,10 +393,13 @@ def _insistently(attempt: Callable[[], T | None]) -> T:
 def _reserve(fd: int, size: int) -> None:
     """Take the space on the disk now, where the platform and the file system can."""
     # Not os.posix_fallocate, which writes to every block where the file system cannot reserve.
-    if size and LIBRARY and LIBRARY.fallocate(fd, 0, 0, size):
+    while size and LIBRARY and LIBRARY.fallocate(fd, 0, 0, size):
         code = ctypes.get_errno()
+        if code == errno.EINTR:
+            continue
         if code not in _NOT_SUPPORTED:
             raise OSError(code, os.strerror(code))
+        return
 
 
 def _flush(fd: int) -> None:

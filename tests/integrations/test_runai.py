@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import shardtool
+from shardtool import budget
 from shardtool.errors import (
     AccessDenied,
     ChecksumMismatch,
@@ -42,6 +43,8 @@ from shardtool.integrations.runai import (
     list_safetensors,
     pull_files,
 )
+from shardtool.ops import files as ops_files
+from shardtool.ops.files import copying
 from tests.builders import Raw, config, contents, flipped, model, places, put, random, safetensors, tensors
 from tests.servers import S3Server
 
@@ -267,6 +270,14 @@ def test_files_of_a_shardtool_checkpoint_are_checked(tmp_path, saved):
     assert isinstance(caught.value, ValueError)
 
 
+def test_a_broken_manifest_of_somebody_else_says_what_to_do(tmp_path):
+    put(tmp_path, {"a.safetensors": safetensors(A), "shardtool.json": b"[1]"})
+    with SafetensorsStreamer() as streamer, pytest.raises(ValueError, match="or remove it to read them unchecked"):
+        streamer.stream_file(f"{tmp_path}/a.safetensors")
+    (tmp_path / "shardtool.json").unlink()
+    assert len(streamed([f"{tmp_path}/a.safetensors"])) == len(A)
+
+
 # Errors.
 
 
@@ -454,6 +465,42 @@ def test_a_copy_takes_what_the_patterns_say(tree, tmp_path, allow, ignore, wante
     assert contents(tmp_path / "to") == {key: TREE[key] for key in wanted}
 
 
+@pytest.mark.parametrize("given_", ["*.json", [1], 5])
+def test_a_pattern_that_is_not_in_a_list_is_refused(tree, tmp_path, given_):
+    """The letters of a text would be patterns, and ``*`` is one of them."""
+    for patterns in ((given_, None), (None, given_)):
+        with pytest.raises(ValueError, match=r"_pattern=.* is not a list of patterns"):
+            pull_files(tree, str(tmp_path / "to"), *patterns)
+        with pytest.raises(ValueError, match=r"_patterns=.* is not a list of patterns"):
+            FileStreamer().list_files(tree, True, *patterns)
+    assert not (tmp_path / "to").exists()
+
+
+def test_a_folder_of_more_files_than_any_model_is_not_listed(tree, tmp_path, monkeypatch):
+    assert len(FileStreamer().list_files(tree)) == len(TREE)
+    monkeypatch.setattr(runai_streams, "MAX_OBJECTS", 3)
+    for listing in (list_safetensors, FileStreamer().list_files, lambda uri: pull_files(uri, str(tmp_path / "to"))):
+        with pytest.raises(ValueError, match="holds more than 3 files"):
+            listing(tree)
+
+
+def test_a_copy_keeps_within_the_memory_limit(tree, tmp_path, monkeypatch, caplog):
+    seen: list[int] = []
+
+    def noting(*args: Any) -> Any:
+        seen.append((how := copying(*args)).threads * how.block)
+        return how
+
+    monkeypatch.setattr(ops_files, "copying", noting)
+    monkeypatch.setenv("RUNAI_STREAMER_CONCURRENCY", "512")
+    for limit, most in (("16MiB", 16 << 20), ("1000", 128 << 10)):
+        monkeypatch.setenv("RUNAI_STREAMER_MEMORY_LIMIT", limit)
+        pull_files(tree, str(tmp_path / "to"))
+        assert 0 < seen[-1] < most
+    assert "too small" in caplog.text
+    assert contents(tmp_path / "to") == TREE
+
+
 def test_patterns_are_matched_with_whole_keys_too(bucket, tmp_path):
     put(f"s3://{bucket}/models/llama", TREE)
     pull_files(f"s3://{bucket}/models/llama/", str(tmp_path / "to"), ["models/llama/co*"])
@@ -548,20 +595,28 @@ def test_a_folder_that_people_live_in_is_never_emptied(tmp_path, monkeypatch, ds
 
 
 ASK = """
-import sys, time
+import sys
 from shardtool.integrations.runai import ObjectStorageModel
+print("asks", flush=True)
 with ObjectStorageModel(sys.argv[1], sys.argv[2]) as one:
     one.pull_files()
-    time.sleep(0.2)
-    print("waited" if one._skip else "copied")
+    print("waited" if one._skip else "copied", flush=True)
+    sys.stdin.readline()
 """
 
 
 def test_processes_that_ask_at_once_copy_once(stored, tmp_path):
     command = [sys.executable, "-c", ASK, stored, str(tmp_path / "llama")]
-    jobs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    said = [job.communicate(timeout=120)[0].strip() for job in jobs]
-    assert sorted(said) == ["copied", "waited", "waited"]
+    first = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None
+    assert [first.stdout.readline() for _ in range(2)] == ["asks\n", "copied\n"]
+    # It has the lock until it is told to end; the others ask meanwhile.
+    others = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    for job in others:
+        assert job.stdout is not None
+        assert job.stdout.readline() == "asks\n"
+    assert not (tmp_path / "llama" / ObjectStorageModel.SENTINEL_NAME).exists()
+    assert [job.communicate("end\n", timeout=120)[0] for job in (first, *others)] == ["", "waited\n", "waited\n"]
     assert contents(tmp_path / "llama") == {**TREE, ".runai_complete": b""}
 
 
@@ -604,6 +659,36 @@ def test_a_range_that_is_not_there_is_a_value_error(tmp_path, name, message):
         with pytest.raises(ValueError, match=message):
             list(streamer.get_chunks())
         assert list(FileStreamer().get_chunks()) == []
+
+
+@pytest.mark.parametrize(
+    ("offset", "size", "message"),
+    [(0, 1 << 50, "ends at byte 5, before byte 1125899906842624"), (-1, 2, "negative"), (3, -1, "negative")],
+)
+@pytest.mark.parametrize("kind", [FileStreamer, DistributedStreamer])
+def test_a_range_outside_its_file_is_refused_before_there_is_memory_for_it(
+    tmp_path, monkeypatch, kind, offset, size, message
+):
+    put(tmp_path, {"c": b"Hello"})
+    asked: list[int] = []
+    anonymous = budget.anonymous
+    monkeypatch.setattr(budget, "anonymous", lambda nbytes: asked.append(nbytes) or anonymous(min(nbytes, 1 << 20)))
+    requests = [FileChunks(1, f"{tmp_path}/c", [0, offset], [1, size])]
+    with kind() as streamer:
+        streamer.stream_files(requests, None, "cpu", None if kind is FileStreamer else False)
+        with pytest.raises(ValueError, match=message):
+            list(streamer.get_chunks())
+    assert sum(asked) <= 1  # the empty arena of a stream that needs none
+
+
+def test_there_is_no_ring(tmp_path):
+    put(tmp_path, {"c": b"Hello"})
+    for streamer in (FileStreamer(), DistributedStreamer()):
+        assert streamer.ring_info() is None
+        requests = [FileChunks.contiguous(1, f"{tmp_path}/c", 0, [5])]
+        streamer.stream_files(requests, None, "cpu", *([False] if isinstance(streamer, DistributedStreamer) else []))
+        assert chunks(streamer) == {(1, 0): b"Hello"}
+        assert streamer.ring_info() is None
 
 
 def test_files_are_listed_with_their_sizes(tree):

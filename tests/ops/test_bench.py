@@ -208,7 +208,7 @@ def test_the_command_shows_every_trial_and_settings_that_load_takes(llama):
     assert len(rows) >= 2 * len(CONCURRENCIES)
     assert re.fullmatch(r".+/llama: read [\d.]+ KiB of [\d.]+ KiB in 3 files, in .+ s", lines[len(rows)])
     assert lines[len(rows) + 1].startswith("best from the ")
-    assert (advice := re.fullmatch(r"settings: (--concurrency \d+)", lines[-1]))
+    assert (advice := re.fullmatch(r"settings: (--concurrency \d+ --block-size [148]MiB)", lines[-1]))
     assert here("load", llama, *advice[1].split()).code == 0
 
 
@@ -216,7 +216,8 @@ def test_machines_get_every_number(llama):
     found = here("bench", llama, "--seconds", str(SECONDS), "--sample", "40KB", "--json").json
     assert found["command"] == "bench"
     assert found["sample"] <= 40_000 < found["bytes"]
-    assert found["settings"]["concurrency"] == found["best"][0]["concurrency"]
+    best = found["best"][0]
+    assert found["settings"] == {"concurrency": best["concurrency"], "block_size": best["block"]}
     assert set(found["trials"][0]) == {
         *("state", "concurrency", "block", "digests", "bytes", "seconds"),
         *("cpu_seconds", "gb_per_s", "cpu_s_per_gib"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import shardtool
 from shardtool.errors import (
     AccessDenied,
+    BudgetTooSmall,
     ChecksumMismatch,
     FormatError,
     NotFound,
@@ -19,7 +21,7 @@ from shardtool.errors import (
     UsageError,
 )
 from shardtool.ops import files
-from shardtool.ops.files import Files, OpenedFiles, copy, gathered
+from shardtool.ops.files import Copying, Files, OpenedFiles, copy, copying, gathered
 from shardtool.stores import open_store
 from shardtool.stores.base import Object, Store, Wrapper
 from shardtool.stores.counting import CountingStore
@@ -170,6 +172,7 @@ def test_files_are_remote_if_one_of_them_is(tmp_path, bucket):
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "BLOCK", 10)
+    monkeypatch.setattr(files, "LEAST", 10)
 
 
 SIZES = {"empty": 0, "one": 1, "block": 10, "folder/more": 11, "many": 95}
@@ -180,7 +183,7 @@ HELD = {key: bytes(range(size)) for key, size in SIZES.items()}
 @pytest.mark.parametrize("threads", [1, 2, 7])
 def test_a_copy_has_every_byte(tmp_path, threads):
     with places() as place, open_store(put(place("from"), HELD)) as source, open_store(tmp_path / "to") as to:
-        copy(source, to, source.list(), threads=threads)
+        copy(source, to, source.list(), concurrency=threads)
     assert contents(tmp_path / "to") == HELD
 
 
@@ -189,7 +192,7 @@ def test_a_copy_that_fails_leaves_whole_files_only(tmp_path):
     with places() as place, open_store(put(place("from"), HELD)) as source, open_store(tmp_path / "to") as to:
         listed = [*source.list(), Object("zzz", 40)]
         with pytest.raises(NotFound, match="zzz"):
-            copy(source, to, listed, threads=3)
+            copy(source, to, listed, concurrency=3)
     assert contents(tmp_path / "to") == HELD
 
 
@@ -200,7 +203,7 @@ def test_an_object_that_is_replaced_meanwhile_is_not_copied(tmp_path):
     listed = list(source.list())
     source.put("a", b"x" * 35)
     with open_store(tmp_path / "to") as to, pytest.raises(StoreError, match="a was replaced while it was read"):
-        copy(source, to, listed, threads=2)
+        copy(source, to, listed, concurrency=2)
     assert contents(tmp_path / "to") == {}
 
 
@@ -208,8 +211,87 @@ def test_an_object_that_is_replaced_meanwhile_is_not_copied(tmp_path):
 def test_each_byte_is_read_once(tmp_path):
     with places() as place, open_store(put(place("from"), HELD)) as inner, open_store(tmp_path / "to") as to:
         source = CountingStore(inner)
-        copy(source, to, inner.list(), threads=4)
+        copy(source, to, inner.list(), concurrency=4)
     assert source.bytes_read == source.distinct_bytes_read() == sum(SIZES.values())
+
+
+MIB = 1 << 20
+
+
+class Greedy(MemoryStore):
+    """Takes memory of its own: a MiB for each reader, three for a writer."""
+
+    def reading(self, threads: int) -> int:
+        return threads * MIB
+
+    def held(self, size: int) -> int:
+        return 3 * MIB
+
+
+@pytest.mark.parametrize("kind", [MemoryStore, Greedy])
+@pytest.mark.parametrize("readers", [1, 8, 1024])
+@pytest.mark.parametrize(
+    ("limit", "most"), [("4MiB", 4 * MIB), ("20MiB", 20 * MIB), ("400MiB", 400 * MIB), (-1, 1 << 40)]
+)
+def test_a_copy_keeps_within_its_limit(kind, readers, limit, most):
+    """Blocks that are read ahead, one that is written, and what the stores take, for reads that are not small."""
+    source, to = kind(), kind()
+    how = copying(source, to, [Object("a", 100 * MIB)], readers, limit)
+    assert 1 <= how.threads <= readers
+    assert 64 << 10 <= how.block <= 8 * MIB
+    own = source.reading(how.threads) if how.block >= 256 << 10 else 0
+    assert (how.threads + 1) * how.block + own + to.held(100 * MIB) <= most
+    if limit == -1:
+        assert how == Copying(readers, 8 * MIB)
+
+
+@pytest.mark.parametrize("kind", [MemoryStore, Greedy])
+def test_the_least_limit_of_a_copy_is_named_and_taken(kind):
+    thing = [Object("a", 100 * MIB)]
+    with pytest.raises(BudgetTooSmall) as refused:
+        copying(kind(), kind(), thing, 8, "100KiB")
+    assert refused.value.needed == kind().held(1) + (128 << 10)
+    assert copying(kind(), kind(), thing, 8, refused.value.needed) == copying(kind(), kind(), thing, 8, 0)
+    assert copying(kind(), kind(), thing, 8, 0) == Copying(1, 64 << 10)
+
+
+def test_the_memory_of_a_copy_is_what_was_planned(tmp_path):
+    """No more blocks are there at once than readers and the one that is written."""
+    source = MemoryStore()
+    source.put("a", bytes(4 * MIB))
+    there: set[int] = set()
+    most = 0
+
+    class Watching(Wrapper):
+        def readinto(self, key: str, start: int, view: memoryview) -> None:
+            nonlocal most
+            block = view.obj
+            there.add(id(block))
+            weakref.finalize(block, there.discard, id(block))
+            most = max(most, len(there))
+            super().readinto(key, start, view)
+
+    with open_store(tmp_path / "to") as to:
+        how = copying(source, to, [Object("a", 4 * MIB)], 8, "1MiB")
+        copy(Watching(source), to, source.list(), concurrency=8, memory_limit="1MiB")
+    assert contents(tmp_path / "to") == {"a": bytes(4 * MIB)}
+    assert 0 < most <= how.threads + 1
+
+
+def test_a_limit_that_nothing_fits_into_is_refused(tmp_path):
+    source = MemoryStore()
+    source.put("a", b"x")
+    with open_store(tmp_path / "to") as to:
+        with pytest.raises(BudgetTooSmall, match="too small for a copy of"):
+            copy(source, to, source.list(), memory_limit="1KiB")
+        copy(source, to, source.list(), memory_limit=0)
+    assert contents(tmp_path / "to") == {"a": b"x"}
+
+
+def test_a_broken_manifest_beside_a_file_says_what_to_do(tmp_path):
+    put(tmp_path, {"a.safetensors": safetensors(A), "shardtool.json": b"{}"})
+    with pytest.raises(FormatError, match=r"shardtool\.json is not a manifest .* or remove it to read them unchecked"):
+        open_files([f"{tmp_path}/a.safetensors"])
 
 
 def test_a_copy_never_leaves_its_folder(tmp_path):
@@ -221,7 +303,7 @@ def test_a_copy_never_leaves_its_folder(tmp_path):
     source.put("folder/a", b"x")
     with open_store(tmp_path / "to") as to:
         with pytest.raises(UsageError, match="behind a link"):
-            copy(source, to, source.list(), threads=2)
+            copy(source, to, source.list(), concurrency=2)
         with pytest.raises(UsageError, match="not a name inside"):
-            copy(source, to, [Object("../a", 1)], threads=2)
+            copy(source, to, [Object("../a", 1)], concurrency=2)
     assert contents(tmp_path / "elsewhere") == {}

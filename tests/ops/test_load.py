@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import json
+import os
 import re
 import tempfile
 import threading
@@ -20,8 +21,18 @@ from hypothesis import strategies as st
 import shardtool
 from benchmarks import models
 from shardtool import stores
-from shardtool.errors import BudgetTooSmall, ChecksumMismatch, Incomplete, NotFound, TensorMismatch, UsageError
+from shardtool.errors import (
+    BudgetTooSmall,
+    ChecksumMismatch,
+    FormatError,
+    Incomplete,
+    NotFound,
+    TensorMismatch,
+    UsageError,
+)
 from shardtool.ops.measure import measure
+from shardtool.stores.memory import MemoryStore
+from shardtool.units import parse_size
 from tests.builders import (
     COUNTING,
     Files,
@@ -226,7 +237,7 @@ def test_a_rank_of_any_size_comes_out_of_whole_tensors_or_other_shards(tmp_path:
 def test_what_is_cut_on_the_way_is_neither_borrowed_nor_ordered(shards: str):
     for option in ({"borrow": True}, {"order": "ready"}, {"order": ["lm_head.weight"]}):
         with pytest.raises(UsageError, match="leave order and borrow out"):
-            shardtool.stream(shards, tp=4, rank=0, **option)  # type: ignore[arg-type]
+            shardtool.stream(shards, tp=4, rank=0, **option)
     with pytest.raises(NotFound, match="has no rank 4"):
         shardtool.stream(shards, tp=4, rank=4)
 
@@ -517,11 +528,45 @@ def test_a_stream_whose_caller_fails_stops_its_threads(shards: str):
     assert set(threading.enumerate()) <= before
 
 
-def test_a_stream_that_is_never_begun_starts_no_thread(shards: str):
+@pytest.mark.parametrize("device", ["cpu", "meta", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_a_stream_that_is_never_begun_starts_no_thread_and_closes_its_store(
+    shards: str, device: str, monkeypatch: pytest.MonkeyPatch
+):
+    closed: list[str] = []
+    monkeypatch.setattr(MemoryStore, "close", lambda store: closed.append(store.uri))
     before = threading.active_count()
-    found = shardtool.stream(shards, rank=0)
+    found = shardtool.stream(shards, rank=0, device=device)
     assert threading.active_count() == before
     del found
+    assert threading.active_count() == before
+    assert closed == [shards]
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_noticed(tmp_path: Path):
+    """By another one of the same size: without digests nothing else tells."""
+    put(tmp_path / "model", FILES)
+    path = max((tmp_path / "model").glob("*.safetensors"))
+    tensors = shardtool.stream(tmp_path / "model")
+    next(tensors)
+    other = tmp_path / "other"
+    other.write_bytes(path.read_bytes())
+    os.utime(other, ns=(1, 1))
+    other.replace(path)
+    with pytest.raises(FormatError, match=rf"{path.name} has changed while it was read; load it again"):
+        list(tensors)
+
+
+@pytest.mark.parametrize("size", ["64KiB", "100KiB", "5MiB", "1GiB"])
+def test_reads_are_as_large_as_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str):
+    out, wanted = large(tmp_path)
+    monkeypatch.setitem(stores.SCHEMES, "counted", COUNTING)
+    with places() as place:
+        uri = put(place("shards"), contents(out)).replace("memory", "counted")
+        assert raws(shardtool.load(uri, block_size=size)) == wanted
+        longest = max(b - a for key, spans in counted(uri).reads.items() for a, b in spans if key.endswith("tensors"))
+        assert longest == min(parse_size(size, ""), 8 * MIB)
+    with pytest.raises(UsageError, match="--block-size 1KiB is too small"):
+        shardtool.load(out, block_size="1KiB")
 
 
 def test_two_streams_do_not_disturb_each_other(shards: str):

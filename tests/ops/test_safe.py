@@ -88,6 +88,62 @@ def test_a_file_shows_what_the_safetensors_library_shows(file):
         assert all(same(tensor, theirs.get_tensor(name)) for name, tensor in both.items())
 
 
+@pytest.mark.parametrize("name", ["blob", "weights.st", "0a1b2c", ".hidden", "a.json"])
+def test_any_file_is_a_safetensors_file_whatever_it_is_called(tmp_path, monkeypatch, name):
+    put(tmp_path, {name: FILE, "shardtool.json": b"of something else"})
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / name, str(tmp_path / name), name):
+        with safe_open(path) as ours, reference.safe_open(path, "pt") as theirs:
+            assert ours.keys() == theirs.keys()
+            assert same(ours.get_tensor("wide"), theirs.get_tensor("wide"))
+            assert same(ours.get_slice("wide")[1:3], theirs.get_slice("wide")[1:3])
+        found = load_file(path)
+        assert list(found) == ours_order(path)
+        assert all(same(tensor, reference_load_file(path)[key]) for key, tensor in found.items())
+        for opening in (safe_open, load_file):
+            with pytest.raises(NotFound, match="no rank 1"):
+                opening(path, rank=1)
+
+
+def ours_order(path: str | Path) -> list[str]:
+    with reference.safe_open(path, "pt") as theirs:
+        return list(theirs.offset_keys())
+
+
+def test_a_file_of_a_hubs_cache_is_opened_by_its_link_too(tmp_path):
+    put(tmp_path, {"blobs/0a1b": FILE})
+    link = tmp_path / "snapshots" / "1" / "model.safetensors"
+    link.parent.mkdir(parents=True)
+    link.symlink_to("../../blobs/0a1b")
+    for path in (link, tmp_path / "blobs" / "0a1b"):
+        with safe_open(path) as opened:
+            assert same(opened.get_tensor("wide").numpy(), HELD["wide"].array)
+        assert load_file(path).keys() == HELD.keys()
+
+
+def test_a_file_that_is_none_of_tensors_is_refused(tmp_path):
+    put(tmp_path, {"text": b"no tensors here"})
+    for opening in (safe_open, load_file):
+        with pytest.raises(FormatError, match="text"):
+            opening(tmp_path / "text")
+        with pytest.raises(NotFound):
+            opening(tmp_path / "gone")
+
+
+def test_arguments_are_called_as_in_the_safetensors_library(file):
+    for backend in ("mmap", "pread"):
+        with (
+            safe_open(filename=file, framework="pt", device="cpu", backend=backend) as ours,
+            reference.safe_open(filename=file, framework="pt", device="cpu", backend=backend) as theirs,
+        ):
+            assert same(ours.get_tensor("wide"), theirs.get_tensor("wide"))
+        theirs = reference_load_file(filename=file, device="cpu", backend=backend)
+        assert load_file(filename=file, device="cpu", backend=backend).keys() == theirs.keys()
+    for opening in (safe_open, load_file):
+        with pytest.raises(UsageError, match="backend='tape' is not offered"):
+            opening(file, backend="tape")
+
+
 @pytest.mark.parametrize("framework", ["np", "numpy"])
 def test_numpy_arrays_are_what_the_safetensors_library_gives(file, framework):
     names = sorted(HELD.keys() - {"bf16"})

@@ -30,7 +30,8 @@ def shelf(base: Path, size: int) -> Path:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Played:
     folder = shelf(tmp_path_factory.mktemp("two"), 2)
-    scenes = ("whole", "least", "everybody", "by_itself", "own_files", "filled", "absent", "enough", "other_order")
+    scenes = ["whole", "least", "everybody", "by_itself", "own_files", "filled"]
+    scenes += ["absent", "enough", "unbegun", "unlike_device", "other_order"]
     return exchanging.play(folder, 2, *scenes, module=MODULE)
 
 
@@ -79,6 +80,17 @@ def test_a_rank_that_fails_before_it_begins_fails_all(two: Played, four: Played,
     assert {one["error"] for one in found} == {"NotFound"}
     assert all(f"rank {size - 1}: " in one["message"] for one in found[:-1])
     assert all(one["seconds"] < 30 for one in found)
+
+
+@pytest.mark.parametrize(
+    ("scene", "kind", "told"), [("unbegun", "StoreError", "rank 0: "), ("unlike_device", "UsageError", "rank 1: ")]
+)
+def test_a_rank_that_never_begins_is_told_by_the_others(two: Played, scene: str, kind: str, told: str):
+    """It drops its stream, or cannot have it: nobody waits for it."""
+    other = two[scene][1 if scene == "unbegun" else 0]
+    assert other["error"] == kind
+    assert other["message"].startswith(told)
+    assert other["seconds"] < 30
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from shardtool.engine import Clock
-from shardtool.sinks.device import Cuda, Pairs, Plain, Queued
+from shardtool.sinks.device import Cuda, Events, Pairs, Plain, Queued
 
 
 def pairs(count: int = 3) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -30,6 +31,12 @@ def test_on_this_machine_copies_are_made_at_once():
     assert clock.seconds["copy"] > 0
 
 
+def opened(events: Events, errors: list[BaseException]) -> Queued:
+    copier = Queued(lambda: events, Clock(), errors.append)
+    copier.open()
+    return copier
+
+
 class Late:
     """A device that copies when it is waited for, or when it is let."""
 
@@ -38,6 +45,9 @@ class Late:
         self.closed = False
         self.begun = 0
         self._broken = broken
+
+    def making(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def begin(self, pairs: Pairs) -> Any:
         self.begun += 1
@@ -57,7 +67,7 @@ class Late:
 
 def test_a_device_copies_while_readers_go_on():
     device, errors = Late(), list[BaseException]()
-    copier = Queued(device, Clock(), errors.append)
+    copier = opened(device, errors)
     jobs, told = [pairs() for _ in range(5)], list[int]()
 
     def landed(number: int) -> Callable[[], None]:
@@ -80,7 +90,7 @@ def test_a_device_copies_while_readers_go_on():
 
 def test_a_copy_that_fails_is_told_and_ends_nothing_else():
     device, errors, told = Late(broken=2), list[BaseException](), list[int]()
-    copier = Queued(device, Clock(), errors.append)
+    copier = opened(device, errors)
     for number in (1, 2, 3):
         copier.copy(pairs(), partial(told.append, number))
     device.let.set()
@@ -89,13 +99,35 @@ def test_a_copy_that_fails_is_told_and_ends_nothing_else():
     assert [str(error) for error in errors] == ["the device fell off the bus"]
 
 
+def test_what_is_never_opened_takes_nothing_of_the_device():
+    def make() -> Events:
+        raise AssertionError("nobody asked for it")
+
+    before = threading.active_count()
+    Queued(make, Clock(), print).close()
+    assert threading.active_count() == before
+
+
+@pytest.mark.cuda
+def test_memory_that_cannot_be_registered_harms_nobody():
+    """It is registered already: the refusal must not be taken for an error of what the caller does next."""
+    from shardtool.budget import Arena
+
+    arena, device = Arena(8 << 20), torch.device("cuda", 0)
+    first = Cuda(arena.memory, [device])
+    second = Cuda(arena.memory, [device])
+    assert torch.ones(3, device=device).sum().item() == 3
+    second.close()
+    first.close()
+
+
 @pytest.mark.cuda
 def test_a_gpu_gets_what_was_in_registered_memory():
     from shardtool.budget import Arena
 
     arena, errors, told = Arena(8 << 20), list[BaseException](), list[int]()
     device = torch.device("cuda", 0)
-    copier = Queued(Cuda(arena.memory, [device]), Clock(), errors.append)
+    copier = opened(Cuda(arena.memory, [device]), errors)
     source = torch.frombuffer(arena.memory, dtype=torch.uint8)
     targets = [torch.zeros(1 << 20, dtype=torch.uint8, device=device) for _ in range(8)]
     for number, target in enumerate(targets):
