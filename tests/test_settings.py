@@ -17,10 +17,18 @@ TWINS: list[tuple[Callable[[Any], Any], str, Any, Any]] = [
 DISTRIBUTED = [("1", True), ("on", True), (True, True), ("0", False), ("No", False), (False, False), ("Auto", "auto")]
 PLAIN: list[tuple[Callable[[Any], Any], str, Any, Any]] = [
     (settings.max_part_size, "MAX_PART_SIZE", "5GB", 5 * 10**9),
+    (settings.block_size, "BLOCK_SIZE", "4MiB", 4 << 20),
     (settings.pattern, "PATTERN", "r{rank}.safetensors", "r{rank}.safetensors"),
     (settings.dtype, "DTYPE", "float16", "float16"),
     (settings.device, "DEVICE", "cuda:1", "cuda:1"),
 ]
+
+
+def test_the_size_of_a_read_has_another_name_in_runais_streamer(monkeypatch):
+    monkeypatch.setenv("RUNAI_STREAMER_CHUNK_BYTESIZE", "2097152")
+    assert settings.block_size(None) == 2 << 20
+    monkeypatch.setenv("SHARDTOOL_BLOCK_SIZE", "1MiB")
+    assert settings.block_size(None) == 1 << 20
 
 
 @pytest.mark.parametrize(("read", "name", "text", "value"), [*TWINS, *PLAIN])

@@ -672,7 +672,12 @@ def test_a_range_outside_its_file_is_refused_before_there_is_memory_for_it(
     put(tmp_path, {"c": b"Hello"})
     asked: list[int] = []
     anonymous = budget.anonymous
-    monkeypatch.setattr(budget, "anonymous", lambda nbytes: asked.append(nbytes) or anonymous(min(nbytes, 1 << 20)))
+
+    def noting(nbytes: int) -> Any:
+        asked.append(nbytes)
+        return anonymous(min(nbytes, 1 << 20))
+
+    monkeypatch.setattr(budget, "anonymous", noting)
     requests = [FileChunks(1, f"{tmp_path}/c", [0, offset], [1, size])]
     with kind() as streamer:
         streamer.stream_files(requests, None, "cpu", None if kind is FileStreamer else False)

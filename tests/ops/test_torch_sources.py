@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import shardtool
 from shardtool.checkpoint import open_checkpoint
-from shardtool.errors import FormatError, Incomplete, NotFound, PlanError
+from shardtool.errors import BudgetTooSmall, FormatError, Incomplete, NotFound, PlanError
 from tests import torchfiles
-from tests.builders import Files, Raw, config, contents, model, put, rank_tensors, tensors, whole_tensors
+from tests.builders import Files, Raw, config, contents, model, put, random, rank_tensors, tensors, whole_tensors
 from tests.oracle import expected
 from tests.servers import S3Server
 
@@ -49,6 +50,21 @@ def test_tensors_that_lie_column_by_column_are_cut_too(tmp_path: Path):
     assert shardtool.verify(tmp_path / "merged", against=tmp_path / "bin").ok
     with pytest.raises(PlanError, match=r"turn the two around: shardtool verify .*merged --against .*bin"):
         shardtool.verify(tmp_path / "bin", against=tmp_path / "merged")
+
+
+@pytest.mark.parametrize("limit", [0, "300KiB", None])
+@pytest.mark.parametrize("borrow", [False, True])
+def test_what_lies_column_by_column_loads_under_the_least_limit_too(tmp_path: Path, limit: Any, borrow: bool):
+    """A tensor larger than that limit, and small ones."""
+    held = {**HELD, "big": random((700, 600), "F32")}
+    put(tmp_path / "bin", torchfiles.checkpoint(CONFIG, held, transposed=True))
+    found = shardtool.load(tmp_path / "bin", memory_limit=limit, borrow=borrow)
+    assert sorted(found) == sorted(held)
+    assert torch.equal(found["big"], torch.from_numpy(held["big"].array))
+    assert found["big"].is_contiguous() or borrow
+    with pytest.raises(BudgetTooSmall) as refused:
+        shardtool.load(tmp_path / "bin", memory_limit="65KiB")
+    assert shardtool.load(tmp_path / "bin", memory_limit=refused.value.needed).keys() == found.keys()
 
 
 def test_verify_finds_a_changed_element_on_either_side(tmp_path: Path):
