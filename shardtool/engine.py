@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from threading import BoundedSemaphore, Lock
+from threading import Lock, Semaphore
 from typing import Protocol
 
 import numpy as np
@@ -126,13 +126,17 @@ def execute(
     stop: Callable[[], None] | None = None,
     clock: Clock | None = None,
     depth: int | None = None,
+    few: int | None = None,
 ) -> None:
     """Run every step; returns when all tiles are done. The first failure of any thread is raised here.
 
     ``stop`` is called on failure, to wake sinks that wait in ``room``; they raise ``Stopped`` then. ``clock``: is told
-    how long reads take. ``depth``: jobs that wait or are under way at most, for sinks whose room costs memory.
+    how long reads take. ``depth``: jobs that wait or are under way at most, for sinks whose room costs memory; ``few``:
+    as many until it is clear that storage is what is waited for. Where it is not, more jobs only push each other's
+    bytes out of the processor's cache.
     """
-    run = _Run(store, arena, depth or 4 * max(1, readers) + 8, progress, stop, clock or Clock())
+    depth = depth or 4 * max(1, readers) + 8
+    run = _Run(store, arena, depth, min(few or depth, depth), progress, stop, clock or Clock())
     pool = ThreadPoolExecutor(max(1, readers), thread_name_prefix="shardtool")
     try:
         for step in steps:
@@ -153,6 +157,7 @@ class _Run:
         store: Store,
         arena: Arena,
         depth: int,
+        few: int,
         progress: Progress | None,
         stop: Callable[[], None] | None,
         clock: Clock,
@@ -164,7 +169,10 @@ class _Run:
         self._arena = arena
         self._progress = progress
         self._telling = Lock()
-        self._queued = BoundedSemaphore(depth)
+        self._waited = 0.0
+        self._queued = Semaphore(few)
+        self._spare = depth - few
+        self._judged = few  # reads that are looked at first
 
     def fail(self, error: BaseException) -> None:
         """Remember the first error and wake everybody who waits."""
@@ -215,10 +223,22 @@ class _Run:
 
     def _fetch(self, read: Read, view: memoryview) -> None:
         began = self._clock.asked()
+        worked = time.thread_time()
         try:
             self._store.readinto(read.key, read.start, view)
         finally:
             self._clock.answered(began)
+        if self._spare:
+            self._judge(time.perf_counter() - began, time.thread_time() - worked)
+
+    def _judge(self, wall: float, worked: float) -> None:
+        """Whether storage is what readers wait for, and not the processor: then as many as may be ask it at once."""
+        with self._telling:
+            self._waited += wall - 2 * worked
+            self._judged -= 1
+            if self._judged < 0 and self._waited > 0 and self._spare:
+                self._queued.release(self._spare)
+                self._spare = 0
 
     def _finish(self, work: _Work) -> None:
         with work.lock:

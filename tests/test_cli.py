@@ -95,7 +95,7 @@ def test_a_model_is_saved_checked_loaded_resharded_and_merged_back(shardtool, wo
         [f"model-rank-{rank}-part-0.safetensors", "rank", str(rank)] for rank in range(4)
     ]
     assert re.fullmatch(
-        r"tp4: tp 4 shards of llama, [\d.]+ MiB in 4 files, .+ s \([\d.]+ GB/s\), peak memory [\d.]+ MiB", lines[-1]
+        r"tp4: tp 4 shards of llama, [\d.]+ MiB in 4 files, .+ s \([\d.]+ GB/s\), peak memory [\d.]+ [MG]iB", lines[-1]
     )
 
     verified = shardtool("verify", "tp4", "--against", "llama")

@@ -24,6 +24,7 @@ from shardtool.engine import Clock, execute
 from shardtool.errors import FormatError, UsageError
 from shardtool.ops.limits import readers
 from shardtool.segments import Item, Segment, divide
+from shardtool.stores.direct import cores
 from shardtool.units import parse_size, show_size
 
 if TYPE_CHECKING:
@@ -148,9 +149,8 @@ def means_for(
     threads = readers(concurrency, CONCURRENCY if checkpoint.store.remote else LOCAL)
     staged = any(places.staged(item) for item in found)
     turned = any(item.entry.strides is not None for item in found)
-    least = LEAST
-    if staged:
-        least += max(min(digest.CHUNK, item.entry.nbytes) for item in found if places.staged(item)) + PAGE
+    tile = PAGE + max((min(digest.CHUNK, item.entry.nbytes) for item in found if places.staged(item)), default=0)
+    least = max(LEAST, LEAST // 2 + tile)
     if turned:
         least += 2 * (schedule.FLOOR + schedule.ALIGN)
     limit = limit_of(memory_limit, least=least, what=f"loading {checkpoint.uri}", most=UNLIMITED)
@@ -159,7 +159,7 @@ def means_for(
         threads -= 1
     limit -= store.reading(threads)
     if staged:
-        size = max(least - LEAST + LEAST // 4, min(limit // 2, RING))
+        size = max(least - LEAST // 2, min(limit // 2, RING))
     elif turned:
         size = max(schedule.FLOOR + schedule.ALIGN, min(limit // 2, SCRATCH))
     else:
@@ -170,7 +170,7 @@ def means_for(
         ahead = min(ahead, (limit - size) // 2)
         run = max(LEAST, sum(item.entry.nbytes for item in found) // (4 * ranks))  # so that there is some for each
     run = min(run, RUN, max(PAGE, ahead // 4))
-    run = min(run, size) if staged else run
+    run = min(run, size - PAGE) if staged else run
     return Means(Arena(size), Slabs(ahead), Gate(ahead), threads, run, ahead=ahead, block=block_of(block_size))
 
 
@@ -305,6 +305,7 @@ def flow(
                     stop=stop,
                     clock=means.clock,
                     depth=means.threads + 1,
+                    few=cores() + 1,
                 )
             finally:
                 copier.close()
