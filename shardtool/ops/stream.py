@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from shardtool import digest, schedule
 from shardtool.budget import PAGE, Arena, Gate, Slabs, limit_of
+from shardtool.calm import calm
 from shardtool.checkpoint import Checkpoint
 from shardtool.engine import Clock, execute
 from shardtool.errors import FormatError, UsageError
@@ -80,9 +81,9 @@ class Fresh:
         """Where copies go."""
         return {self.device}
 
-    def staged(self, item: Item) -> bool:
-        """Whether a tensor is reached through a buffer."""
-        return self.device.type != "cpu"
+    def staged(self, found: Sequence[Item]) -> Sequence[Item]:
+        """The tensors that are reached through a buffer."""
+        return () if self.device.type == "cpu" else found
 
     def place(self, segment: Segment, means: Means) -> Place:
         """Where a segment goes."""
@@ -105,11 +106,11 @@ class Given:
         """Where copies go."""
         return {tensor.device for tensor in self._tensors.values()}
 
-    def staged(self, item: Item) -> bool:
-        """Whether a tensor is reached through a buffer: small neighbours are, as they are read as one."""
+    def staged(self, found: Sequence[Item]) -> Sequence[Item]:
+        """The tensors that are reached through a buffer: small neighbours are, as they are read as one."""
         from shardtool.sinks.tensor import lends
 
-        return item.entry.nbytes <= RUN or not lends(self._tensors[item.name])
+        return [item for item in found if item.entry.nbytes <= RUN or not lends(self._tensors[item.name])]
 
     def place(self, segment: Segment, means: Means) -> Place:
         """Where a segment goes."""
@@ -147,9 +148,9 @@ def means_for(
 ) -> Means:
     """Divide the limit between buffers and what is read ahead; of several ranks also what the others read."""
     threads = readers(concurrency, CONCURRENCY if checkpoint.store.remote else LOCAL)
-    staged = any(places.staged(item) for item in found)
+    staged = places.staged(found)
     turned = any(item.entry.strides is not None for item in found)
-    tile = PAGE + max((min(digest.CHUNK, item.entry.nbytes) for item in found if places.staged(item)), default=0)
+    tile = PAGE + min(digest.CHUNK, max((item.entry.nbytes for item in staged), default=0))
     least = max(LEAST, LEAST // 2 + tile)
     if turned:
         least += 2 * (schedule.FLOOR + schedule.ALIGN)
@@ -241,7 +242,8 @@ def flow(
     """
     from shardtool.sinks.segment import SegmentSink
 
-    segments = list(divide(found, means.run))
+    with calm():
+        segments = list(divide(found, means.run))
     owners: dict[int, int] = {}
     if exchange is not None:
         common = [number for number, segment in enumerate(segments) if segment.nbytes]
