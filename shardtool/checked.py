@@ -16,7 +16,6 @@ from threading import Lock
 import numpy as np
 
 from shardtool import digest
-from shardtool.errors import ChecksumMismatch
 from shardtool.segments import Item
 from shardtool.stores.base import Store, Wrapper, octets
 
@@ -137,11 +136,4 @@ class Checked(Wrapper):
         return data
 
     def _check(self, key: str, chunk: _Chunk, data: memoryview) -> None:
-        item = chunk.item
-        assert item.chunks is not None
-        if digest.of_chunk(data) != item.chunks[chunk.number]:
-            start = chunk.low - item.entry.offset
-            raise ChecksumMismatch(
-                f"{self.locate(key)}: tensor {item.name!r} differs from its digest in its bytes {start} to "
-                f"{start + len(data)}; restore the file, shardtool verify tells what else is damaged"
-            )
+        chunk.item.check(chunk.number, data, self.locate(key))

@@ -32,7 +32,7 @@ from shardtool.dtypes import DType
 from shardtool.errors import BudgetTooSmall, PlanError
 from shardtool.header import PAGE
 from shardtool.plan import Piece, Stored, Tensor
-from shardtool.window import Window, aligned, flat, join, row_major
+from shardtool.window import Window, aligned, flat, join
 
 FLOOR = 64 << 10
 """Bytes below which neither a tile nor a read is made smaller."""
@@ -396,9 +396,3 @@ def _straight(read: Read) -> bool:
     (copy,) = read.copies
     same = copy.dtype is copy.tile.target.tensor.dtype
     return same and copy.dst.contiguous and copy.src.contiguous and copy.src.size * copy.dtype.itemsize == read.nbytes
-
-
-def whole_target(tensor: Tensor, stored: Stored, sink: Any, offset: int, staging: int) -> Target:
-    """A target that is one stored tensor as it is."""
-    window = row_major(stored.shape)
-    return Target(tensor, (Piece(window, window, stored),), sink, offset, staging)

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from shardtool import digest
 from shardtool.budget import PAGE
 from shardtool.checkpoint import WeightFile, tensor_of
 from shardtool.dtypes import DType
+from shardtool.errors import ChecksumMismatch
 from shardtool.header import Entry
 from shardtool.plan import Stored, whole
 from shardtool.schedule import Target
@@ -28,6 +30,15 @@ class Item:
     file: WeightFile
     entry: Entry
     chunks: tuple[str, ...] | None
+
+    def check(self, number: int, data: memoryview, where: str) -> None:
+        """Compare a whole chunk with its digest, if there is one. Raises ``ChecksumMismatch`` that names ``where``."""
+        if self.chunks is not None and digest.of_chunk(data) != self.chunks[number]:
+            start = number * digest.CHUNK
+            raise ChecksumMismatch(
+                f"{where}: tensor {self.name!r} differs from its digest in its bytes {start} to {start + len(data)}; "
+                "restore the file, shardtool verify tells what else is damaged"
+            )
 
 
 @dataclass(frozen=True, slots=True)

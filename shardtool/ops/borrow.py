@@ -17,7 +17,7 @@ import torch
 
 from shardtool import digest
 from shardtool.checkpoint import Checkpoint
-from shardtool.errors import ChecksumMismatch, FormatError, UsageError
+from shardtool.errors import FormatError, UsageError
 from shardtool.ops.limits import readers
 from shardtool.ops.stream import CONCURRENCY, RUN
 from shardtool.segments import Item, Segment, divide
@@ -88,14 +88,9 @@ def _fetch(segment: Segment, memory: mmap.mmap | None, where: str) -> None:
             raise FormatError(f"{where} was cut short while it was read; restore the file") from None
     view = memoryview(memory)
     for item in segment.items:
-        for number, said in enumerate(item.chunks or ()):
-            start = number * digest.CHUNK
-            end = min(item.entry.nbytes, start + digest.CHUNK)
-            if digest.of_chunk(view[item.entry.offset + start : item.entry.offset + end]) != said:
-                raise ChecksumMismatch(
-                    f"{where}: tensor {item.name!r} differs from its digest in its bytes {start} to {end}; "
-                    "restore the file, shardtool verify tells what else is damaged"
-                )
+        data = view[item.entry.offset : item.entry.offset + item.entry.nbytes]
+        for number in range(len(item.chunks or ())):
+            item.check(number, data[number * digest.CHUNK : (number + 1) * digest.CHUNK], where)
 
 
 def _tensor(item: Item, maps: dict[str, mmap.mmap]) -> torch.Tensor:

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 from shardtool import digest
 from shardtool.budget import PAGE, anonymous
-from shardtool.errors import ChecksumMismatch
 from shardtool.segments import Item
 from shardtool.stores.base import Store
 from shardtool.window import Window, row_major, simplify
@@ -114,13 +113,8 @@ def _chunk(store: Store, item: Item, start: int, room: Octets) -> None:
     store.readinto(item.file.key, item.entry.offset + start, view)
     end = start + len(room)
     whole = start % digest.CHUNK == 0 and (end % digest.CHUNK == 0 or end == item.entry.nbytes)
-    if item.chunks is None or not whole:
-        return
-    if digest.of_chunk(view) != item.chunks[start // digest.CHUNK]:
-        raise ChecksumMismatch(
-            f"{store.locate(item.file.key)}: tensor {item.name!r} differs from its digest in its bytes {start} to "
-            f"{end}; restore the file, shardtool verify tells what else is damaged"
-        )
+    if whole:
+        item.check(start // digest.CHUNK, view, store.locate(item.file.key))
 
 
 def _scattered(store: Store, item: Item, start: int, room: Octets, strides: tuple[int, ...]) -> None:

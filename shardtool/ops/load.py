@@ -65,6 +65,8 @@ def stream(
     them. ``borrow``: tensors that are the page cache of local files; they cost nothing, and change when a file does.
     """
     if tp is not None or pp != 1 or layout is not None:
+        if block_size is not None:
+            raise UsageError("the size of a read follows from what is cut; leave block_size out")
         if borrow or order != "file":
             raise UsageError("what is cut on the way has its own order and memory; leave order and borrow out")
         from shardtool.ops.slices import sliced

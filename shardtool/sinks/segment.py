@@ -27,7 +27,6 @@ from shardtool import digest
 from shardtool.budget import Gate, Slab, Slabs
 from shardtool.dtypes import DType
 from shardtool.engine import Clock
-from shardtool.errors import ChecksumMismatch
 from shardtool.header import Entry
 from shardtool.schedule import Tile
 from shardtool.segments import Item, Segment
@@ -317,8 +316,4 @@ class SegmentSink:
             if base + start >= len(view):
                 return
             end = min(nbytes, start + digest.CHUNK)
-            if digest.of_chunk(view[base + start : base + end]) != item.chunks[number]:
-                raise ChecksumMismatch(
-                    f"{self._where}: tensor {item.name!r} differs from its digest in its bytes {start} to {end}; "
-                    "restore the file, shardtool verify tells what else is damaged"
-                )
+            item.check(number, view[base + start : base + end], self._where)

@@ -238,6 +238,8 @@ def test_what_is_cut_on_the_way_is_neither_borrowed_nor_ordered(shards: str):
     for option in ({"borrow": True}, {"order": "ready"}, {"order": ["lm_head.weight"]}):
         with pytest.raises(UsageError, match="leave order and borrow out"):
             shardtool.stream(shards, tp=4, rank=0, **option)
+    with pytest.raises(UsageError, match="leave block_size out"):
+        shardtool.stream(shards, tp=4, rank=0, block_size="1MiB")
     with pytest.raises(NotFound, match="has no rank 4"):
         shardtool.stream(shards, tp=4, rank=4)
 
