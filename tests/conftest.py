@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, settings
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytest_plugins = ["tests.servers", "tests.models"]
+pytest_plugins = ["tests.servers.s3", "tests.models"]
 
 # From the plain default, not from the profile that Hypothesis would choose where CI is set, which tries nothing new.
 settings.register_profile(

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import mmap
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -46,6 +46,20 @@ class Object:
     version: str = field(default="", compare=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """What a writer that never ended left in a store: invisible to readers, but it takes room.
+
+    ``name`` tells two of one key apart (the id of an upload, the name of a temporary file); ``since``: when it was
+    begun, in seconds since 1970, or 0 if the store cannot tell; ``size``: its bytes so far, or -1 likewise.
+    """
+
+    key: str
+    name: str
+    since: float = 0.0
+    size: int = -1
+
+
 class Writer(ABC):
     """Writes one object from front to back; the object appears when ``commit`` returns.
 
@@ -66,6 +80,10 @@ class Writer(ABC):
     @abstractmethod
     def abort(self) -> None:
         """Drop what was written; may be called at any time, more than once, and after ``commit`` does nothing."""
+
+    def checksums(self) -> Mapping[str, str]:
+        """After ``commit``: what ``Store.checksums`` will say of the object as it was written. Asks nobody."""
+        return {}
 
 
 class CheckedWriter(Writer):
@@ -143,6 +161,8 @@ class Store(ABC):
     uri: str
     remote: bool = True
     """Whether bytes come over a network, so that ranks which want the same ones had better read them once."""
+    conditional: bool = True
+    """Whether of exclusive writers that meet at most one wins. Where a store cannot tell, the last one wins."""
 
     @abstractmethod
     def list(self, prefix: str = "") -> Iterator[Object]:
@@ -182,6 +202,25 @@ class Store(ABC):
     def reading(self, threads: int) -> int:
         """Bytes of memory that ``readinto`` takes for itself while so many threads are in it, to plan memory too."""
         return 0
+
+    def checksums(self, key: str) -> Mapping[str, str]:
+        """What the store itself keeps of an object's content, without reading it: algorithm -> value, or nothing.
+
+        Two equal values of one algorithm mean equal bytes (``crc64nvme``, ``crc32c``, ``md5``: of the whole object, in
+        hexadecimal; ``etag``: as the store makes it). Raises ``NotFound``.
+        """
+        return {}
+
+    def unfinished(self, prefix: str = "") -> Iterator[Unfinished]:
+        """What writers that were killed, or whose abort failed, left of objects whose key starts with ``prefix``.
+
+        Writers that are at work now are among them: only their age tells.
+        """
+        return iter(())
+
+    def discard(self, left: Unfinished) -> None:
+        """Remove what ``unfinished`` found; what is not there any more is not an error."""
+        raise UsageError(f"{self.locate(left.key)}: this store keeps nothing unfinished")
 
     @contextmanager
     def closed_on_failure(self) -> Iterator[Self]:
@@ -276,6 +315,7 @@ class Wrapper(Store):
         self.inner = inner
         self.uri = inner.uri
         self.remote = inner.remote
+        self.conditional = inner.conditional
 
     def list(self, prefix: str = "") -> Iterator[Object]:
         """Pass on."""
@@ -312,6 +352,26 @@ class Wrapper(Store):
     def reading(self, threads: int) -> int:
         """Pass on."""
         return self.inner.reading(threads)
+
+    def checksums(self, key: str) -> Mapping[str, str]:
+        """Pass on."""
+        return self.inner.checksums(key)
+
+    def unfinished(self, prefix: str = "") -> Iterator[Unfinished]:
+        """Pass on."""
+        return self.inner.unfinished(prefix)
+
+    def discard(self, left: Unfinished) -> None:
+        """Pass on."""
+        self.inner.discard(left)
+
+    def place(self) -> str:
+        """Pass on."""
+        return self.inner.place()
+
+    def locate(self, key: str) -> str:
+        """Pass on."""
+        return self.inner.locate(key)
 
     def close(self) -> None:
         """Close the inner store."""

@@ -1,123 +1,14 @@
-"""Servers for tests: a real S3 server in a process of its own, and a proxy that makes its answers go wrong.
-
-A plug-in of pytest (``tests/conftest.py`` names it), so any test may ask for these fixtures::
-
-    s3_server   the server, started once per session when it is first asked for
-    bucket      the name of a new bucket on it; boto3's environment points there for this test
-"""
+"""A proxy that makes the answers of an HTTP server go wrong."""
 
 from __future__ import annotations
 
 import http.client
-import os
-import signal
 import socket
 import struct
-import subprocess
-import sys
-import tempfile
 import threading
-import time
-import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
-
-import pytest
-
-STARTS_WITHIN = 60.0
-
-
-@dataclass(frozen=True)
-class S3Server:
-    """A running server and how to reach it."""
-
-    endpoint: str
-    environ: dict[str, str]
-    """What boto3 needs in the environment, for child processes too."""
-
-    @cached_property
-    def client(self) -> Any:
-        """A boto3 client of this server, whatever the environment says."""
-        import boto3.session
-        from botocore.config import Config
-
-        session = boto3.session.Session(self.environ["AWS_ACCESS_KEY_ID"], self.environ["AWS_SECRET_ACCESS_KEY"])
-        config = Config(s3={"addressing_style": "path"})
-        return session.client("s3", endpoint_url=self.endpoint, region_name="us-east-1", config=config)
-
-    def bucket(self, patch: pytest.MonkeyPatch) -> str:
-        """Make a bucket that nobody else uses, and point boto3's environment to this server until ``patch`` ends."""
-        name = f"test-{uuid.uuid4().hex}"
-        self.client.create_bucket(Bucket=name)
-        for variable, value in self.environ.items():
-            patch.setenv(variable, value)
-        return name
-
-
-@pytest.fixture(scope="session")
-def s3_server() -> Iterator[S3Server]:
-    """A moto server on a free port of the loopback interface."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environ = {
-        "AWS_ACCESS_KEY_ID": "test-key",
-        "AWS_SECRET_ACCESS_KEY": "test-secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
-    with tempfile.TemporaryDirectory(prefix="moto-") as folder:
-        log = Path(folder, "log")
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=os.environ | environ | {"TMPDIR": folder},
-                start_new_session=True,
-            )
-        try:
-            _wait_for(process, port, log)
-            server = S3Server(environ["AWS_ENDPOINT_URL"], environ)
-            yield server
-            server.client.close()
-        finally:
-            _stop(process)
-
-
-@pytest.fixture
-def bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A new bucket; ``S3Store(f"s3://{bucket}/folder")`` finds it."""
-    return s3_server.bucket(monkeypatch)
-
-
-def _wait_for(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    end = time.monotonic() + STARTS_WITHIN
-    while time.monotonic() < end and process.poll() is None:
-        with socket.socket() as probe:
-            probe.settimeout(1)
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.05)
-    pytest.fail(f"the server did not start; the end of its log:\n{log.read_text(errors='replace')[-3000:]}")
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    for kind in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, kind)
-            process.wait(timeout=10)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            continue
-        else:
-            break
-    process.wait()
 
 
 @dataclass(frozen=True)

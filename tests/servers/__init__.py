@@ -1,0 +1,15 @@
+"""Servers for tests: real ones in processes of their own, and a proxy that makes their answers go wrong.
+
+::
+
+    process    a program on a free port, started for the tests and ended with them
+    proxy      between a client and an HTTP server
+    s3 ...     one module for each kind of server, whose fixtures any test may ask for (``tests/conftest.py`` names it)
+
+A server is started once per session, when it is first asked for.
+"""
+
+from tests.servers.proxy import Proxy, Request, Trouble
+from tests.servers.s3 import S3Server
+
+__all__ = ["Proxy", "Request", "S3Server", "Trouble"]

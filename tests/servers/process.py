@@ -1,0 +1,79 @@
+"""What every server of the tests is: a process on a free port of the loopback interface, which ends with the tests."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+STARTS_WITHIN = 60.0
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def program(name: str, package: str) -> str:
+    """The path of a program. Where it is missing the test is skipped, which CI does not let pass."""
+    found = shutil.which(name, path=os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin")))
+    if found is None:
+        pytest.skip(f"{name} is not installed: {package}")
+    return found
+
+
+@contextmanager
+def running(command: Sequence[str], port: int, environ: Mapping[str, str] = {}) -> Iterator[Path]:
+    """A server in a session of its own until the block ends, ready when it listens; gives its empty folder."""
+    with tempfile.TemporaryDirectory(prefix="server-") as folder:
+        log = Path(folder, "log")
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **environ, "TMPDIR": folder},
+                cwd=folder,
+                start_new_session=True,
+            )
+        try:
+            wait_for(process, port, log)
+            yield Path(folder)
+        finally:
+            stop(process)
+
+
+def wait_for(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    end = time.monotonic() + STARTS_WITHIN
+    while time.monotonic() < end and process.poll() is None:
+        with socket.socket() as probe:
+            probe.settimeout(1)
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+    pytest.fail(f"the server did not start; the end of its log:\n{log.read_text(errors='replace')[-3000:]}")
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    for kind in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, kind)
+            process.wait(timeout=10)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            continue
+        else:
+            break
+    process.wait()
