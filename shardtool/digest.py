@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import blake3
 import xxhash
@@ -21,8 +21,7 @@ BLOCK = 1 << 20
 """Bytes that are hashed in two ways at a time: the second finds them in the processor's own cache."""
 
 
-@dataclass(frozen=True, slots=True)
-class TensorDigest:
+class TensorDigest(NamedTuple):
     """A tensor's blake3 and the xxh3_128 of each of its chunks, in hexadecimal."""
 
     blake3: str

@@ -11,8 +11,9 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from shardtool.calm import calm
 from shardtool.dtypes import DType
@@ -24,8 +25,7 @@ PAGE = 4096
 BIG = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One tensor of a file: its dtype, shape and where its bytes start in the file.
 
     ``strides``, in elements, where these do not follow each other (never in a safetensors file).
@@ -121,7 +121,10 @@ def _parsed(text: bytes, file_size: int, where: str) -> Header:
     except UnicodeEncodeError:  # JSON can spell half of a character
         raise FormatError(f"{where} is damaged: its header has a name that is not text") from None
     base = 8 + len(text)
-    entries = [_entry(name, value, base, where) for name, value in table.items()]
+    try:
+        entries = _entries(table, base)
+    except (TypeError, KeyError, ValueError, OverflowError):  # one of them is wrong: which one, and how?
+        entries = [_entry(name, value, base, where) for name, value in table.items()]
     entries.sort(key=attrgetter("offset", "nbytes"))
     end = base
     for entry in entries:
@@ -148,6 +151,32 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         raise _Duplicate(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
     return table
+
+
+def _entries(table: dict[str, Any], base: int) -> list[Entry]:
+    """All entries at once, as ``_entry`` makes them: twice as fast. Raises a built-in error if any is wrong."""
+    values = table.values()
+    kinds, shapes = [value["dtype"] for value in values], [value["shape"] for value in values]
+    offsets = [value["data_offsets"] for value in values]
+    numbers = [*chain.from_iterable(shapes), *chain.from_iterable(offsets)]
+    if {*map(type, shapes), *map(type, offsets)} - {list} or set(map(type, numbers)) - {int} or len(table) == 0:
+        raise TypeError
+    if min(numbers) < 0 or max(numbers) >= 1 << 63 or max(map(len, shapes)) > 64:
+        raise ValueError
+    entries, sizes = [], dict[Any, tuple[DType, tuple[int, ...], int]]()
+    for name, kind, dims, (start, end) in zip(table, kinds, shapes, offsets, strict=True):
+        known = sizes.get((kind, *dims))
+        if known is None:
+            dtype, shape = _DTYPES[kind], tuple(dims)
+            nbytes, odd = divmod(math.prod(shape) * dtype.bits, 8)
+            if odd:
+                raise ValueError
+            known = sizes[kind, *dims] = (dtype, shape, nbytes)
+        dtype, shape, nbytes = known
+        if end - start != nbytes:
+            raise ValueError
+        entries.append(Entry(name, dtype, shape, base + start, nbytes))
+    return entries
 
 
 def _entry(name: str, value: Any, base: int, where: str) -> Entry:

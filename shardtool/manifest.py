@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 from shardtool import digest, inventory, parallel, pattern, recipe_json
 from shardtool.calm import calm
@@ -32,10 +33,10 @@ FORMATS = ("shardtool/1", FORMAT)
 """What is read. The first had no experts, no pipeline stages and no programs."""
 MAX_BYTES = 1 << 30
 """Bytes of manifest that are read at most."""
+_HEX = "0123456789abcdef"
 
 
-@dataclass(frozen=True, slots=True)
-class TensorRecord:
+class TensorRecord(NamedTuple):
     """A stored tensor's digests."""
 
     name: str
@@ -74,12 +75,13 @@ class FileRecord:
     @staticmethod
     def from_json(value: Any) -> FileRecord:
         """The record that JSON values say. Raises the built-in errors of wrong shapes."""
-        tensors = tuple(
-            TensorRecord(
-                text_of(t["name"]), digest.TensorDigest(_hex(t["blake3"], 64), tuple(_hex(c, 32) for c in t["chunks"]))
-            )
-            for t in value["tensors"]
-        )
+        names = [t["name"] for t in value["tensors"]]
+        if set(map(type, names)) - {str}:
+            raise TypeError("a tensor has a name that is not a text")
+        whole = _hexes([t["blake3"] for t in value["tensors"]], 64)
+        chunks = [tuple(t["chunks"]) for t in value["tensors"]]
+        _hexes(list(chain.from_iterable(chunks)), 32)
+        tensors = tuple(map(TensorRecord, names, map(digest.TensorDigest, whole, chunks)))
         rank = value["rank"] if value["rank"] is None else _size(value["rank"])
         return FileRecord(
             _key(value["key"]),
@@ -186,6 +188,19 @@ def _signed(table: Mapping[str, Any]) -> bytes:
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
 
+def _is_signed(text: str, table: Mapping[str, Any]) -> bool:
+    """Whether this text is what ``_signed`` makes of a table: its lines are parts of the canonical form as they are."""
+    if not (text.startswith("{\n") and text.endswith("\n}\n")):
+        return False
+    lines = [line.partition(": ") for line in text[2:-3].split(",\n")]
+    parts = {key: value for key, _, value in lines}
+    if lines[-1][0] != '"digest"' or len(lines) > len(parts) or list(map(json.loads, parts)) != list(table):
+        return False
+    signed = parts.pop('"digest"')
+    whole = "{" + ",".join(f"{key}:{parts[key]}" for key in sorted(parts)) + "}"
+    return signed == json.dumps(digest.of_bytes(whole.encode()))
+
+
 def decode(data: bytes, where: str) -> Manifest:
     """The manifest that these bytes say. Raises ``FormatError`` if it is damaged or from a later version."""
     with calm():
@@ -207,9 +222,8 @@ def _decoded(data: bytes, where: str) -> Manifest:
         raise FormatError(
             f"{where} has the format {table['format']!r}; this version of shardtool reads {FORMAT!r}, use a newer one"
         )
-    table.pop("digest", None)
     try:
-        if data != _signed(table):
+        if not _is_signed(data.decode(), table):
             raise FormatError(f"{where} is damaged: its digest does not match its content")
         made = _from_json(table, where)
         _check(made)
@@ -276,9 +290,16 @@ def _size(value: Any) -> int:
 
 
 def _hex(value: Any, digits: int) -> str:
-    if not isinstance(value, str) or len(value) != digits or value.strip("0123456789abcdef"):
+    if not isinstance(value, str) or len(value) != digits or value.strip(_HEX):
         raise ValueError(f"{value!r} is not a digest of {digits} digits")
     return value
+
+
+def _hexes(values: list[Any], digits: int) -> list[str]:
+    """Many at once, which is several times as fast."""
+    if set(map(type, values)) - {str} or set(map(len, values)) - {digits} or "".join(values).strip(_HEX):
+        return [_hex(value, digits) for value in values]  # says which one
+    return values
 
 
 def _key(value: Any) -> str:

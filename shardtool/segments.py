@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from shardtool import digest
 from shardtool.budget import PAGE
@@ -22,8 +23,7 @@ GAP = 4096
 """Bytes between two tensors that are read over."""
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
+class Item(NamedTuple):
     """One tensor to load. ``chunks``: its digests, or None where none are to be checked."""
 
     name: str
