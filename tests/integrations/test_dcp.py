@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
 import shardtool
@@ -114,7 +115,8 @@ def test_what_the_checkpoint_does_not_have_is_named(folder: Path, tmp_path: Path
 
 
 def test_objects_other_than_tensors_are_refused(folder: Path):
-    item = ReadItem(LoadItemType.BYTE_IO, *[dcp.metadata.MetadataIndex("step"), torch.Size([])] * 2, torch.Size([]))
+    step, nothing = MetadataIndex("step"), torch.Size([])
+    item = ReadItem(LoadItemType.BYTE_IO, step, nothing, step, nothing, nothing)
     with pytest.raises(UsageError, match="'step' is not a tensor"):
         ShardtoolReader(folder / "tp2").read_data(LoadPlan([item]), dcp.DefaultLoadPlanner())
 
