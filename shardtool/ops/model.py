@@ -3,7 +3,7 @@
 ::
 
     config.json  ->  the model on the meta device, divided by its own tp_plan     ops/tp_plan.py
-    checkpoint   ->  its tensors, or this rank's files of it                      _Whole, _Shards
+    checkpoint   ->  its tensors, this rank's files, or slices of whatever it is   _whole, _shards, _sliced
     each tensor  ->  straight into its parameter; what is cast or cut on the way is copied
     the rest     ->  tied weights, buffers, generation settings, evaluation mode
 """
@@ -12,18 +12,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from shardtool.checkpoint import MAX_JSON, Checkpoint, open_checkpoint, parse_config, with_headers
 from shardtool.dtypes import DType, castable, from_name
 from shardtool.errors import Incomplete, NotFound, TensorMismatch, UnsupportedTransform, UsageError
+from shardtool.exchange import Exchange, exchange_for
 from shardtool.layouts.base import Model, Parallel
 from shardtool.layouts.transformers import ENGINE, KIND
 from shardtool.mosaic import Logical
-from shardtool.ops import tp_plan
+from shardtool.ops import slices, tp_plan
+from shardtool.ops import source as sources
+from shardtool.ops.bring import Slices
 from shardtool.ops.load import fill, handed
 from shardtool.ops.rank import equal, items
+from shardtool.ops.together import together
 from shardtool.plan import Piece
 from shardtool.segments import Item
 from shardtool.window import Window, row_major
@@ -45,35 +51,62 @@ def load_model(
     memory_limit: int | str | None = None,
     concurrency: int | None = None,
     verify: bool = True,
+    distributed: bool | str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> Any:
     """The transformers model of a checkpoint, in evaluation mode.
 
-    In one process: of a Hugging Face checkpoint, or of shards for tp 1. Under ``torchrun`` (or in a process group that
-    exists): of shards for as many ranks as there are processes, made with ``--layout transformers``; each process reads
-    its own rank's files and gets a tensor parallel model, which all of them call together. ``tp``: ``auto``, or the
-    number of ranks, which is 1 or that of the processes. ``device``: ``cpu``, ``cuda``; by default the GPU if there
-    is one. ``dtype``: ``auto`` is that of the checkpoint. The other arguments are those of ``stream``.
+    ``uri``: whole tensors, or shards of any sizes for any engine. In one process the model is whole. Under ``torchrun``
+    (or in a process group that exists) each process gets its part of a tensor parallel model, which all of them call
+    together, and reads only what that needs: its own files, where shards were made with ``--layout transformers`` for
+    as many ranks, else ranges.
 
-    Raises ``UsageError`` where processes and shards do not fit, ``UnsupportedModel`` for what transformers does not
-    have, ``TensorMismatch`` and ``Incomplete`` for tensors that are not those of the model.
+    ``tp``: ``auto``, or the number of ranks, which is 1 or that of the processes. ``device``: ``cpu``, ``cuda``; by
+    default the GPU if there is one. ``dtype``: ``auto`` is that of the checkpoint. ``distributed``: whether ranges that
+    several processes of this node need are read by one of them and exchanged; ``auto`` is for stores that are not
+    local. The other arguments are those of ``stream``.
+
+    Raises ``UsageError`` where ``tp`` and processes do not fit, ``PlanError`` for a model that cannot be divided so,
+    ``UnsupportedModel`` for what transformers does not have, ``TensorMismatch`` and ``Incomplete`` for tensors that
+    are not those of the model.
     """
     size, rank = _group(tp, device)
     place = _place(device, size)
-    checkpoint = open_checkpoint(uri)
-    with checkpoint.store.closed_on_failure():
-        if checkpoint.kind == "huggingface":
-            source = _whole(checkpoint, size, dtype, verify)
-        else:
-            source = _shards(checkpoint, size, rank, dtype, verify)
-    with source.checkpoint.store:
-        model = tp_plan.empty(source.config, source.dtype.torch(), size)
-        held = _placed(model, source, place)
-        _fill(source, held, place, memory_limit=memory_limit, concurrency=concurrency, progress=progress)
-        tp_plan.finished(model, model.state_dict().keys() - held.keys(), place)
-        _no_holes(model)
-        if (settings := _generation(source.checkpoint)) is not None:
-            tp_plan.generation(model, settings)
+    exchange = exchange_for(uri, distributed if size > 1 else False)
+    with exchange or nullcontext():
+        checkpoint = open_checkpoint(uri)
+        with checkpoint.store.closed_on_failure():
+            if checkpoint.kind == "huggingface" and size == 1:
+                source = _whole(checkpoint, dtype, verify)
+            elif _own(checkpoint, size):
+                source = _shards(checkpoint, rank, dtype, verify)
+            else:
+                source = _sliced(checkpoint, size, rank, dtype, verify)
+        with source.checkpoint.store:
+            return _made(source, size, place, exchange, Loading(memory_limit, concurrency, progress))
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """How tensors are to be brought."""
+
+    memory_limit: int | str | None
+    concurrency: int | None
+    progress: Callable[[int, int], None] | None
+
+
+def _made(source: _Source, size: int, place: torch.device, exchange: Exchange | None, how: Loading) -> Any:
+    """The model with its tensors."""
+    model = tp_plan.empty(source.config, source.dtype.torch(), size)
+    held = _placed(model, source, place)
+    if source.slices is None:
+        _fill(source, held, place, how)
+    else:
+        _bring(source.slices, held, exchange, how)
+    tp_plan.finished(model, model.state_dict().keys() - held.keys(), place)
+    _no_holes(model)
+    if (settings := _generation(source.checkpoint)) is not None:
+        tp_plan.generation(model, settings)
     return model
 
 
@@ -146,22 +179,21 @@ class _Source:
     uses: Uses
     targets: Mapping[str, tuple[tuple[int, ...], set[DType]]]
     made_for: str = ""
+    slices: Slices | None = None
 
 
-def _shards(checkpoint: Checkpoint, size: int, rank: int, dtype: str, verify: bool) -> _Source:
+def _own(checkpoint: Checkpoint, size: int) -> bool:
+    """Whether there are files that hold just what each process needs."""
+    made = checkpoint.manifest
+    if made is None or (made.layout.get("engine"), made.layout.get("kind")) != (ENGINE, KIND):
+        return False
+    return (made.tp, made.pp) == (size, 1)
+
+
+def _shards(checkpoint: Checkpoint, rank: int, dtype: str, verify: bool) -> _Source:
     """This rank's own files."""
     made, uri = checkpoint.manifest, checkpoint.uri
-    if made is None:
-        raise UsageError(f"{uri} has shards without a manifest, as engines write them; transformers cannot hold those")
-    if made.layout.get("engine") != ENGINE or made.layout.get("kind") != KIND:
-        raise UsageError(
-            f"{uri} has shards for {made.layout.get('engine')}; transformers holds those of --layout transformers"
-        )
-    if made.tp != size:
-        raise UsageError(
-            f"{uri} has shards for {made.parallel} and there {'is 1 process' if size == 1 else f'are {size} processes'}"
-            f": start {made.tp} with torchrun, or make others with shardtool reshard --tp {size}"
-        )
+    assert made is not None
     opened = with_headers(checkpoint, [rank])
     found = items(opened, rank, verify=verify)
     config = {**parse_config(made.config, f"{uri}: the config in the manifest"), **made.amendments}
@@ -174,14 +206,9 @@ def _shards(checkpoint: Checkpoint, size: int, rank: int, dtype: str, verify: bo
     return _Source(opened, config, held, found, uses, targets, str(made.layout.get("engine_version")))
 
 
-def _whole(checkpoint: Checkpoint, size: int, dtype: str, verify: bool) -> _Source:
+def _whole(checkpoint: Checkpoint, dtype: str, verify: bool) -> _Source:
     """All tensors of a Hugging Face checkpoint."""
     uri = checkpoint.uri
-    if size > 1:
-        raise UsageError(
-            f"{uri} has whole tensors and there are {size} processes; make shards of it first: shardtool save {uri} "
-            f"--layout transformers --tp {size} -o ..."
-        )
     config = parse_config(checkpoint.config_text(), f"{uri}: config.json")
     found = {item.name: item for item in items(checkpoint, None, verify=verify)}
     inventory = {name: Logical(item.entry.dtype, item.entry.shape) for name, item in found.items()}
@@ -197,6 +224,19 @@ def _whole(checkpoint: Checkpoint, size: int, dtype: str, verify: bool) -> _Sour
             targets[tensor.name][1].add(inventory[str(piece.source)].dtype)
     chosen = [item for name, item in found.items() if name in uses]
     return _Source(checkpoint, config, held, chosen, {name: tuple(taken) for name, taken in uses.items()}, targets)
+
+
+def _sliced(checkpoint: Checkpoint, size: int, rank: int, dtype: str, verify: bool) -> _Source:
+    """What a rank takes of a model, whose tensors are whole or were cut for others."""
+    source, watch = slices.checked(checkpoint, verify=verify)
+    inventory = {name: logical for name, logical in source.inventory.items() if name in source.catalog}
+    held = _dtype_of(source.config, inventory) if dtype == "auto" else from_name(dtype)
+    layout = tp_plan.layout_of(source.config, inventory)
+    parallel = Parallel(size)
+    outline = layout.outline(Model(source.config, inventory, held, sources.equal_in(source)), parallel)
+    found = replace(slices.of_outline(source, parallel, rank, outline, layout=layout.title, dtype=held), checked=watch)
+    targets = {part.tensor.name: (part.tensor.shape, {part.tensor.dtype}) for part in found.slices}
+    return _Source(replace(checkpoint, store=found.store), source.config, held, [], {}, targets, slices=found)
 
 
 def _dtype_of(config: Mapping[str, Any], inventory: Mapping[str, Logical]) -> DType:
@@ -279,15 +319,17 @@ def _replace(model: Any, name: str, tensor: torch.Tensor) -> None:
     (module._buffers if leaf in module._buffers else module._parameters)[leaf] = tensor
 
 
-def _fill(
-    source: _Source,
-    held: Mapping[str, torch.Tensor],
-    place: torch.device,
-    *,
-    memory_limit: int | str | None,
-    concurrency: int | None,
-    progress: Callable[[int, int], None] | None,
-) -> None:
+def _bring(found: Slices, held: Mapping[str, torch.Tensor], exchange: Exchange | None, how: Loading) -> None:
+    """Read what a rank takes of each tensor, by itself or together with the others, and copy it into its place."""
+    import torch
+
+    take = found.tensors if exchange is None else partial(together, found, exchange)
+    with torch.no_grad():
+        for name, tensor in take(memory_limit=how.memory_limit, concurrency=how.concurrency, progress=how.progress):
+            held[name].copy_(tensor)
+
+
+def _fill(source: _Source, held: Mapping[str, torch.Tensor], place: torch.device, how: Loading) -> None:
     """Read every tensor: straight into its place where it goes as it is, otherwise beside it and copied."""
     import torch
 
@@ -300,15 +342,15 @@ def _fill(
     before, total = (sum(item.entry.nbytes for item in some) for some in (straight, source.items))
 
     def tell(done: int, first: int) -> None:
-        if progress is not None:
-            progress(first + done, total)
+        if how.progress is not None:
+            how.progress(first + done, total)
 
     fill(
         source.checkpoint,
         straight,
         direct,
-        memory_limit=memory_limit,
-        concurrency=concurrency,
+        memory_limit=how.memory_limit,
+        concurrency=how.concurrency,
         progress=lambda done, _of: tell(done, 0),
     )
     with torch.no_grad():
@@ -316,8 +358,8 @@ def _fill(
             source.checkpoint,
             others,
             "cpu",
-            memory_limit=memory_limit,
-            concurrency=concurrency,
+            memory_limit=how.memory_limit,
+            concurrency=how.concurrency,
             progress=lambda done, _of: tell(done, before),
         ):
             for target, piece in source.uses[name]:

@@ -8,6 +8,8 @@ backwards. The tensors equal those that ``save`` writes for the rank, one by one
     sliced      (name, tensor) one after the other, by oneself or together with other ranks
     opened      the same as a plan: what comes, of which bytes
     plan        ... of a source that is open
+    whole       all source tensors of shards instead, each as it was, for an engine that cuts them itself
+    checked     a checkpoint that is open as the source of these
 """
 
 from __future__ import annotations
@@ -20,9 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 from shardtool import computed
 from shardtool.checked import Checked
-from shardtool.checkpoint import open_checkpoint, with_headers
-from shardtool.errors import NotFound
+from shardtool.checkpoint import Checkpoint, open_checkpoint, with_headers
+from shardtool.dtypes import DType, lossless
+from shardtool.errors import NotFound, PlanError
 from shardtool.exchange import exchange_for, heard
+from shardtool.layouts.base import Outline
+from shardtool.mosaic import resolve
 from shardtool.ops import layout as layouts
 from shardtool.ops import source as sources
 from shardtool.ops.bring import Slices, slice_of
@@ -32,6 +37,9 @@ from shardtool.ops.source import Source
 from shardtool.ops.stream import Handed
 from shardtool.ops.together import together
 from shardtool.parallel import Parallel
+from shardtool.plan import Piece, itself
+from shardtool.recipe import Recipe, Rule, Share
+from shardtool.window import row_major
 
 if TYPE_CHECKING:
     import torch
@@ -123,31 +131,35 @@ def opened(
     sizes = Parallel(tp, pp)
     if rank not in sizes.ranks:
         raise NotFound(f"{sizes} has no rank {rank}; it has ranks 0 to {sizes.ranks[-1]}")
-    source, checked = _source(os.fspath(uri), source_pattern, verify=verify)
-    with source.store.closed_on_failure():
-        origin = source.origin
-        whole = expert_parallel if expert_parallel is not None else origin is not None and origin.parallel.ep
-        parallel = Parallel(tp, pp, whole)
-        choice = Choice(layout or ("" if origin is not None else "vllm"), engine_version)
-        return replace(plan(source, parallel, rank, choice, dtype or "auto"), checked=checked)
-
-
-def _source(uri: str, pattern: str | None, *, verify: bool) -> tuple[Source, Checked | None]:
-    """The source, with a store that checks what has digests."""
-    checkpoint = open_checkpoint(uri, shard_pattern=pattern)
+    checkpoint = open_checkpoint(uri, shard_pattern=source_pattern)
     with checkpoint.store.closed_on_failure():
-        made = checkpoint.manifest
-        if made is None or not verify:
-            return sources.of(checkpoint), None
-        found = with_headers(checkpoint)
-        ranks = (*found.ranks, None)  # kept tensors are of no rank
-        checked = Checked(found.store, [item for rank in ranks for item in items(found, rank, verify=True)])
-        return sources.sharded(replace(found, store=checked), made), checked
+        source, watch = checked(checkpoint, verify=verify)
+        origin = source.origin
+        ep = expert_parallel if expert_parallel is not None else origin is not None and origin.parallel.ep
+        parallel = Parallel(tp, pp, ep)
+        choice = Choice(layout or ("" if origin is not None else "vllm"), engine_version)
+        return replace(plan(source, parallel, rank, choice, dtype or "auto"), checked=watch)
+
+
+def checked(checkpoint: Checkpoint, *, verify: bool = True) -> tuple[Source, Checked | None]:
+    """A checkpoint that is open as a source, with a store that checks what has digests."""
+    made = checkpoint.manifest
+    if made is None or not verify:
+        return sources.of(checkpoint), None
+    found = with_headers(checkpoint)
+    ranks = (*found.ranks, None)  # kept tensors are of no rank
+    watch = Checked(found.store, [item for rank in ranks for item in items(found, rank, verify=True)])
+    return sources.sharded(replace(found, store=watch), made), watch
 
 
 def plan(source: Source, parallel: Parallel, rank: int, choice: Choice, dtype: str = "auto") -> Slices:
     """What a rank of these sizes holds of a source, by a layout. Raises ``PlanError`` where it cannot be cut so."""
     made, outline, held = layouts.outlined(source, choice, parallel, dtype)
+    return of_outline(source, parallel, rank, outline, layout=made.title, dtype=held)
+
+
+def of_outline(source: Source, parallel: Parallel, rank: int, outline: Outline, *, layout: str, dtype: DType) -> Slices:
+    """What a rank holds of a source by what a layout has said of it. ``layout``: how people name that one."""
     store, resolve, computing = computed.over(source.store, source.catalog, outline.recipe)
     found = [slice_of(tensor, resolve) for tensor in outline.recipe.tensors(rank)]
     found.sort(key=lambda part: part.first)
@@ -160,7 +172,45 @@ def plan(source: Source, parallel: Parallel, rank: int, choice: Choice, dtype: s
         computing=computing,
         recipe=outline.recipe,
         resolve=resolve,
-        layout=made.title,
-        dtype=held,
+        layout=layout,
+        dtype=dtype,
         notes=tuple(outline.notes),
+    )
+
+
+def whole(source: Source, parallel: Parallel, rank: int) -> Slices:
+    """All source tensors that shards hold, for a rank of an engine that cuts them itself: every rank holds all.
+
+    Each has its dtype of old, or the narrower one of the shards. What was dropped and not kept is left out; raises
+    ``PlanError`` for another one that the shards do not hold.
+    """
+    made = source.origin
+    assert made is not None
+    lost = {dropped.name for dropped in made.dropped if not dropped.kept}
+    tensors = []
+    for name, logical in source.inventory.items():
+        held = source.catalog.get(name)
+        if held is not None:
+            dtype = logical.dtype if lossless(logical.dtype, held.dtype) else held.dtype
+            tensors.append(itself(name, dtype, logical.shape))
+        elif name not in lost:
+            raise PlanError(f"{source.uri} does not hold {name!r}, which its manifest lists")
+
+    def rule(name: str, dtype: DType, shape: tuple[int, ...]) -> Rule:
+        window = row_major(shape)
+        return Rule(name, dtype, (Share(tuple(parallel.ranks), shape, (Piece(window, window, name),)),))
+
+    found = [slice_of(tensor, lambda one: resolve(one, source.catalog)) for tensor in tensors]
+    found.sort(key=lambda part: part.first)
+    return Slices(
+        source=source,
+        store=source.store,
+        parallel=parallel,
+        rank=rank,
+        slices=tuple(found),
+        computing=0,
+        recipe=Recipe(tuple(rule(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors)),
+        resolve=lambda tensor: resolve(tensor, source.catalog),
+        layout="whole tensors",
+        dtype=made.dtype,
     )
