@@ -7,6 +7,12 @@
 A store brings five methods (``list``, ``stat``, ``readinto``, ``create``, ``delete``) and knows bytes under keys, no
 tensors. Its writer brings three. ``shardtool.testing.StoreContract`` holds every law that they must obey, as a test
 class: subclass it with a fixture that makes an empty store (``tests/test_examples.py`` does so for this one).
+
+The store itself can be given wherever an address can. For addresses too, name its scheme: in ``SCHEMES``, as here, or
+for every program and the command line by an entry point of the package that has it::
+
+    [project.entry-points."shardtool.stores"]
+    sqlite = "custom_store:SqliteStore"
 """
 
 from __future__ import annotations
@@ -121,7 +127,7 @@ class SqliteWriter(CheckedWriter):
             self._store.database.execute("DELETE FROM contents WHERE id = ?", (self._content,))
 
 
-SCHEMES["sqlite"] = f"{__name__}:SqliteStore"
+SCHEMES["sqlite"] = SqliteStore
 
 
 def main() -> None:
@@ -132,12 +138,14 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=2)
     args = parser.parse_args()
 
-    output = f"sqlite://{args.database}"
-    shardtool.save(args.model, output, tp=args.tp, memory_limit="64MiB")
-    print("equal" if shardtool.verify(output, against=args.model).ok else "not equal")
-    with shardtool.open_store(output) as store:
+    address = f"sqlite://{args.database}"
+    with SqliteStore(address) as store:
+        shardtool.save(args.model, store, tp=args.tp, memory_limit="64MiB")
+        print("equal" if shardtool.verify(store, against=args.model).ok else "not equal")
         for found in store.list():
             print(f"{found.size:>12,}  {found.key}")
+    for name, tensor in shardtool.stream(address, rank=0):
+        print(f"{tensor.dtype}  {list(tensor.shape)}  {name}")
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from shardtool.ops.load import load, load_into, stream
     from shardtool.ops.merge import merge
     from shardtool.ops.model import load_model
+    from shardtool.ops.pull import pull
     from shardtool.ops.reshard import reshard
     from shardtool.ops.safe import load_file, safe_open
     from shardtool.ops.save import save
@@ -60,6 +61,7 @@ _LAZY = {
     "load_model": "shardtool.ops.model",
     "merge": "shardtool.ops.merge",
     "open_store": "shardtool.stores",
+    "pull": "shardtool.ops.pull",
     "reshard": "shardtool.ops.reshard",
     "safe_open": "shardtool.ops.safe",
     "save": "shardtool.ops.save",
@@ -93,6 +95,7 @@ __all__ = [
     "load_model",
     "merge",
     "open_store",
+    "pull",
     "reshard",
     "safe_open",
     "save",

@@ -27,8 +27,9 @@ from shardtool.header import Entry, Header
 from shardtool.manifest import Manifest
 from shardtool.mosaic import invert
 from shardtool.plan import Piece, Stored, Tensor, whole
-from shardtool.stores import open_store
+from shardtool.stores import Address, named
 from shardtool.stores.base import Object, Store, check_key
+from shardtool.stores.existing import open_existing
 from shardtool.window import Window, row_major
 
 INDEX = "model.safetensors.index.json"
@@ -175,35 +176,38 @@ def read_header(store: Store, key: str, size: int, expected: str | None = None) 
     return header.parse(bytes(text), size, where)
 
 
-def open_checkpoint(uri: str | os.PathLike[str], *, shard_pattern: str | None = None) -> Checkpoint:
-    """Open whatever lies at a URI; a single ``.safetensors`` or ``.bin`` file too.
+def open_checkpoint(uri: Address, *, shard_pattern: str | None = None) -> Checkpoint:
+    """Open whatever lies at a URI; a single ``.safetensors`` or ``.bin`` file too, and a model of the hub by its id.
 
     Reads headers and the manifest or the index, no tensor.
     """
-    uri = os.fspath(uri)
     if single := single_file(uri):
         folder, name = single
-        with open_store(folder).closed_on_failure() as store:
-            return Checkpoint(uri, store, "huggingface", _files(store, [(store.stat(name), None, 0)]))
-    with open_store(uri).closed_on_failure() as store:
+        with open_existing(folder).closed_on_failure() as store:
+            return Checkpoint(named(uri), store, "huggingface", _files(store, [(store.stat(name), None, 0)]))
+    with open_existing(uri).closed_on_failure() as store:
+        where = named(uri)
         try:
             data = store.get(manifest.KEY, limit=manifest.MAX_BYTES)
         except NotFound:
-            return _without_manifest(uri, store, shard_pattern)
+            return _without_manifest(where, store, shard_pattern)
         found = manifest.decode(data, store.locate(manifest.KEY))
         if shard_pattern is not None and shard_pattern != found.pattern:
             raise UsageError(
-                f"--pattern {shard_pattern!r}: the shards in {uri} are named {found.pattern!r}; leave it out"
+                f"--pattern {shard_pattern!r}: the shards in {where} are named {found.pattern!r}; leave it out"
             )
-        return Checkpoint(uri, store, "sharded", (), found)
+        return Checkpoint(where, store, "sharded", (), found)
 
 
-def single_file(uri: str) -> tuple[str, str] | None:
+def single_file(uri: Address) -> tuple[str, str] | None:
     """Folder and name, if the URI names one file of tensors and not a folder that is called like one."""
-    if not uri.endswith(KINDS) or os.path.isdir(uri):
+    if isinstance(uri, Store):
         return None
-    folder, _, name = uri.rpartition("/")
-    return folder or ("/" if uri.startswith("/") else "."), name
+    text = os.fspath(uri)
+    if not text.endswith(KINDS) or os.path.isdir(text):
+        return None
+    folder, _, name = text.rpartition("/")
+    return folder or ("/" if text.startswith("/") else "."), name
 
 
 def with_headers(checkpoint: Checkpoint, ranks: Iterable[int] | None = None) -> Checkpoint:

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,8 +34,9 @@ from shardtool import digest, errors
 from shardtool.checkpoint import single_file
 from shardtool.errors import PlanError, ShardtoolError, StoreError, UsageError
 from shardtool.messages import DONE, FAILED, GOING, GRACE, LOST, MOST, Alarm, Line, Message, first_line
-from shardtool.stores import open_store
+from shardtool.stores import Address
 from shardtool.stores.base import Store
+from shardtool.stores.existing import open_existing
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +63,7 @@ def wanted(distributed: bool | str, store: Store) -> bool:
 
 
 def exchange_for(
-    uri: str | os.PathLike[str],
+    uri: Address,
     distributed: bool | str,
     *,
     group: dist.ProcessGroup | None = None,
@@ -96,9 +96,9 @@ def _is_device(device: str | torch.device) -> bool:
     return str(device).startswith("cpu") or 0 <= index < torch.cuda.device_count()
 
 
-def store_of(uri: str | os.PathLike[str]) -> Store:
+def store_of(uri: Address) -> Store:
     """The store that a checkpoint, or a single file of tensors, lies in."""
-    return open_store((single_file(os.fspath(uri)) or (os.fspath(uri),))[0])
+    return open_existing((single_file(uri) or (uri,))[0])
 
 
 @contextlib.contextmanager

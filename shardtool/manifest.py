@@ -11,8 +11,9 @@ of the job: workers with the same fingerprint help each other.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -34,6 +35,8 @@ FORMATS = ("shardtool/1", FORMAT)
 MAX_BYTES = 1 << 30
 """Bytes of manifest that are read at most."""
 _HEX = "0123456789abcdef"
+_ALGORITHM = re.compile(r"[a-z0-9_]{1,32}")
+_CHECKSUM = re.compile(r"[!-~]{1,256}")
 
 
 class TensorRecord(NamedTuple):
@@ -47,7 +50,9 @@ class TensorRecord(NamedTuple):
 class FileRecord:
     """A finished file.
 
-    Its size, the blake3 of its header, its digest and those of its tensors, in the order of their bytes.
+    Its size, the blake3 of its header, its digest and those of its tensors, in the order of their bytes. ``stored``:
+    what the store kept of its content when it was written (``Store.checksums``), by algorithm. ``sha256``: of the whole
+    file, where it was asked for.
     """
 
     key: str
@@ -57,6 +62,8 @@ class FileRecord:
     header: str
     digest: str
     tensors: tuple[TensorRecord, ...]
+    stored: Mapping[str, str] = field(default_factory=dict)
+    sha256: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """As the manifest keeps it."""
@@ -70,6 +77,8 @@ class FileRecord:
             "tensors": [
                 {"name": t.name, "blake3": t.digest.blake3, "chunks": list(t.digest.chunks)} for t in self.tensors
             ],
+            **({"stored": dict(self.stored)} if self.stored else {}),
+            **({"sha256": self.sha256} if self.sha256 else {}),
         }
 
     @staticmethod
@@ -91,6 +100,8 @@ class FileRecord:
             _hex(value["header"], 64),
             _hex(value["digest"], 64),
             tensors,
+            _stored(value.get("stored", {})),
+            _hex(value["sha256"], 64) if "sha256" in value else "",
         )
 
 
@@ -300,6 +311,14 @@ def _hexes(values: list[Any], digits: int) -> list[str]:
     if set(map(type, values)) - {str} or set(map(len, values)) - {digits} or "".join(values).strip(_HEX):
         return [_hex(value, digits) for value in values]  # says which one
     return values
+
+
+def _stored(value: Any) -> dict[str, str]:
+    """Checksums by algorithm: a few short texts without surprises, since people are shown them."""
+    found = {text_of(name): text_of(checksum) for name, checksum in table_of(value).items()}
+    if len(found) > 16 or not all(_ALGORITHM.fullmatch(n) and _CHECKSUM.fullmatch(c) for n, c in found.items()):
+        raise ValueError("a file has what are no checksums of a store")
+    return found
 
 
 def _key(value: Any) -> str:

@@ -4,6 +4,7 @@ A flag wins over ``SHARDTOOL_*``, which wins over the twin that Run:ai's streame
 
     --memory-limit    SHARDTOOL_MEMORY_LIMIT    RUNAI_STREAMER_MEMORY_LIMIT    bytes or a size; -1 no limit, 0 the least
     --concurrency     SHARDTOOL_CONCURRENCY     RUNAI_STREAMER_CONCURRENCY     1 to 1024
+    --bwlimit         SHARDTOOL_BWLIMIT                                        bytes per second, or a size
     --block-size      SHARDTOOL_BLOCK_SIZE      RUNAI_STREAMER_CHUNK_BYTESIZE  a size
     --max-part-size   SHARDTOOL_MAX_PART_SIZE                                  a size
     --pattern         SHARDTOOL_PATTERN                                        names of files that are written
@@ -56,6 +57,15 @@ def concurrency(flag: int | None) -> int | None:
     if not 1 <= found <= MOST_READERS:
         raise UsageError(f"{name} {text} is not a number of readers; write one from 1 to {MOST_READERS}")
     return found
+
+
+def bwlimit(flag: str | None) -> int | None:
+    """Bytes that are read, and bytes that are written, in a second at most, or None."""
+    said = _said(flag, "--bwlimit", "SHARDTOOL_BWLIMIT")
+    if said is None:
+        return None
+    text, name = said
+    return _size(re.sub(r"/s$", "", text), name)
 
 
 def block_size(flag: str | None) -> int | None:

@@ -225,9 +225,9 @@ def put(place: str | Path, files: Mapping[str, bytes]) -> str:
             path.write_bytes(data)
         place.mkdir(parents=True, exist_ok=True)
     else:
-        store = open_store(place)
-        for key, data in files.items():
-            store.put(key, data)
+        with open_store(place) as store:
+            for key, data in files.items():
+                store.put(key, data)
     return str(place)
 
 
@@ -235,8 +235,8 @@ def contents(place: str | Path) -> Files:
     """Every object of a place. A folder is read without shardtool."""
     if isinstance(place, Path):
         return {str(p.relative_to(place)): p.read_bytes() for p in sorted(place.rglob("*")) if p.is_file()}
-    store = open_store(place)
-    return {found.key: store.get(found.key, limit=1 << 30) for found in store.list()}
+    with open_store(place) as store:
+        return {found.key: store.get(found.key, limit=1 << 30) for found in store.list()}
 
 
 @contextlib.contextmanager

@@ -21,7 +21,17 @@ from hypothesis import HealthCheck, settings
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytest_plugins = ["tests.servers.s3", "tests.models"]
+pytest.register_assert_rewrite("tests.servers")  # they import each other, and pytest must see each before that
+pytest_plugins = [
+    "tests.servers.s3",
+    "tests.models",
+    "tests.servers.azure",
+    "tests.servers.gcs",
+    "tests.servers.hub",
+    "tests.servers.redis",
+    "tests.servers.sftp",
+    "tests.servers.web",
+]
 
 # From the plain default, not from the profile that Hypothesis would choose where CI is set, which tries nothing new.
 settings.register_profile(
@@ -35,7 +45,10 @@ settings.register_profile(
 settings.register_profile("thorough", parent=settings.get_profile("shardtool"), max_examples=2000)
 settings.load_profile("shardtool")
 
-_PREFIXES = ("AWS_", "SHARDTOOL_", "RUNAI_STREAMER_", "HF_")
+_PREFIXES = (
+    *("AWS_", "AZURE_", "BOTO_", "CLOUDSDK_", "GCE_", "GCLOUD_", "GCS_", "GOOGLE_", "HF_", "HUGGING_FACE_", "REDIS_"),
+    *("FSSPEC_", "RUNAI_STREAMER_", "SHARDTOOL_", "STORAGE_", "SSL_CERT_", "SSH_AUTH_", "REQUESTS_CA_", "CURL_CA_"),
+)
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "FTP_PROXY", "NO_PROXY")
 _NOWHERE = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
 _PATCH = pytest.StashKey[pytest.MonkeyPatch]()
@@ -52,6 +65,9 @@ def _isolate(patch: pytest.MonkeyPatch, nowhere: Path) -> None:
     patch.setenv("AWS_SECRET_ACCESS_KEY", "test-secret")
     patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    patch.setenv("AZURE_CONFIG_DIR", str(nowhere / "azure"))
+    patch.setenv("CLOUDSDK_CONFIG", str(nowhere / "gcloud"))
+    patch.setenv("NO_GCE_CHECK", "true")
     patch.setenv("HF_HOME", str(nowhere / "huggingface"))
     patch.setenv("HF_HUB_OFFLINE", "1")
 

@@ -281,5 +281,5 @@ def test_an_empty_folder_is_not_found(tmp_path: Path):
 
 
 def test_an_unknown_address_is_refused():
-    with pytest.raises(UsageError, match="ftp://"):
-        open_checkpoint("ftp://host/model")
+    with pytest.raises(UsageError, match="nosuch://"):
+        open_checkpoint("nosuch://host/model")

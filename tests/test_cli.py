@@ -19,7 +19,7 @@ from shardtool.cli.program import Program
 from tests import builders
 from tests.commands import RANK_1, ROOT, Ended, apart, damage, environment, here
 
-COMMANDS = ("bench", "inspect", "load", "merge", "reshard", "save", "trace", "verify")
+COMMANDS = ("bench", "clean", "inspect", "load", "merge", "pull", "reshard", "save", "trace", "verify")
 
 
 @pytest.fixture(params=[here, apart], ids=["in this process", "in its own process"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -127,10 +128,30 @@ def test_custom_store_holds_a_checkpoint_in_one_file(llama: str, tmp_path: Path)
     output = said("custom_store.py", llama, tmp_path / "llama.db")
     assert output.startswith("equal\n")
     assert "  model-rank-1-part-0.safetensors\n" in output
+    assert "  model.norm.weight\n" in output
+
+
+def test_a_package_with_the_custom_store_makes_its_addresses_known_to_the_command_line(
+    llama: str, tmp_path: Path
+) -> None:
+    """As a plug-in is installed: an entry point, and nothing else."""
+    info = tmp_path / "site" / "custom_store-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: custom_store\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[shardtool.stores]\nsqlite = custom_store:SqliteStore\n")
+    shutil.copy(ROOT / "examples" / "custom_store.py", tmp_path / "site")
+    paths = os.pathsep.join((str(ROOT), str(tmp_path / "site")))
+    for words in (("save", llama, "--tp", "2", "-o"), ("verify", "--against", llama)):
+        command = [sys.executable, "-m", "shardtool", *words, f"sqlite://{tmp_path}/llama.db"]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
+        assert done.returncode == 0, done.stderr
+    assert ": OK (compared with" in done.stdout
 
 
 class TestCustomStore(StoreContract):
-    """The example's store obeys every law of stores."""
+    """The example's store obeys every law of stores; what a killed writer leaves in it cannot be listed."""
+
+    gaps = frozenset({"unfinished"})
 
     @pytest.fixture
     def store(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:

@@ -48,7 +48,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
                        "integrations", "integrations.*"),                      ("L0 words", "L1 nouns", "L2a layouts",
                                                                                 "L2b stores", "L3 engine",
                                                                                 "L3 tracing", "L4 operations")),
-    "plug-in tests": (("testing",),                                            ("L0 words", "L2b stores")),
+    "plug-in tests": (("testing", "testing.*"),                                ("L0 words", "L2b stores")),
     "the front":     ((".", "__main__"),                                       ("L0 words", "L1 nouns", "L2a layouts",
                                                                                 "L2b stores", "L3 engine",
                                                                                 "L3 tracing", "L4 operations",
@@ -75,7 +75,7 @@ PURE_PATHS = ("PurePath", "PurePosixPath")    # the part of pathlib that is only
 QUIET_UP_TO = "L4 operations"                 # this floor and those before it never print
 # The only one that reads environment variables; an engine that is traced is set up by variables in its own process.
 # What a launcher says of the node is no configuration.
-ENVIRONMENT = ("settings", "container", "tracing.vllm", "tracing.sglang")
+ENVIRONMENT = ("settings", "stores.accounts", "container", "tracing.vllm", "tracing.sglang")
 MOST_LINES = 500
 # fmt: on
 

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -374,7 +375,9 @@ def test_records_are_what_the_manifest_will_say(tmp_path: Path):
     weights = Path(source) / "model.safetensors"
     file = [weights.name, weights.stat().st_size, str(weights.stat().st_mtime_ns)]
     assert job.pop("source") == {"place": os.path.realpath(source), "files": [file]}
-    assert job == {"what": f"tp 2 shards of {source}", "fingerprint": folder.name}
+    assert all(0 <= time.time() - one.pop("at") < 600 for one in (job, record))
+    shards = [[f"model-rank-{rank}-part-0.safetensors", (folder.parents[1] / key).stat().st_size] for rank in (0, 1)]
+    assert job == {"what": f"tp 2 shards of {source}", "fingerprint": folder.name, "files": shards}
     shardtool.save(source, tmp_path / "out", tp=2)
     made: Manifest = decode((tmp_path / "out" / "shardtool.json").read_bytes(), "here")
     assert made.fingerprint == folder.name

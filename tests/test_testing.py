@@ -4,14 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
 import shardtool.testing
-from shardtool.errors import FormatError, NotFound, Unavailable, UsageError
-from shardtool.stores.base import Object, Store
+from shardtool.errors import AlreadyExists, FormatError, NotFound, Unavailable, UsageError
+from shardtool.stores.base import Object, Store, Unfinished, Wrapper
 from shardtool.stores.memory import MemoryStore
-from shardtool.testing import Call, CountingStore, Fault, FaultyStore, Flip, Raise, StoreContract, Truncate, write
+from shardtool.testing import (
+    Call,
+    CountingStore,
+    Fault,
+    FaultyStore,
+    Fill,
+    Flip,
+    Raise,
+    ReadingContract,
+    ReadOnlyContract,
+    StoreContract,
+    Truncate,
+    write,
+)
 
 
 class TestCountingStore(StoreContract):
@@ -221,6 +235,32 @@ class _Shuffled(MemoryStore):
         return iter(sorted(super().list(prefix), key=lambda found: found.key.split("/")))
 
 
+class _Hoarder(MemoryStore):
+    def discard(self, left):
+        pass
+
+
+class _Secretive(MemoryStore):
+    def unfinished(self, prefix=""):
+        return iter(())
+
+
+class _Undead(MemoryStore):
+    def _publish(self, key, name, data, *, exclusive):
+        self._begun.setdefault(name, Unfinished(key, name))
+        super()._publish(key, name, data, exclusive=exclusive)
+
+
+class _Constant(MemoryStore):
+    def checksums(self, key):
+        return {"md5": "0" * 32}
+
+
+class _Boastful(MemoryStore):
+    def checksums(self, key):
+        return {"crc32": "0" * 8}
+
+
 @pytest.mark.parametrize(
     ("store", "law"),
     [
@@ -228,7 +268,11 @@ class _Shuffled(MemoryStore):
         (_Eager, "test_nothing_is_visible_before_the_commit"),
         (_Unfair, "test_an_exclusive_object_is_created_once"),
         (_Unfair, "test_of_exclusive_writers_one_wins"),
-        (_Shuffled, "test_keys_are_listed_in_order"),
+        (_Hoarder, "test_who_ends_leaves_nothing_unfinished"),
+        (_Secretive, "test_what_a_killed_writer_left_can_be_found_and_removed"),
+        (_Undead, "test_what_a_killed_writer_left_can_be_found_and_removed"),
+        (_Constant, "test_other_content_has_other_checksums"),
+        (_Boastful, "test_a_writer_knows_what_the_store_will_say"),
     ],
 )
 def test_the_contract_finds_a_store_that_breaks_a_law(store: type[MemoryStore], law: str) -> None:
@@ -238,13 +282,135 @@ def test_the_contract_finds_a_store_that_breaks_a_law(store: type[MemoryStore], 
         test(store())
 
 
+@pytest.mark.parametrize(
+    ("store", "law"),
+    [(_Shuffled, "test_keys_are_listed_in_order"), (_Constant, "test_a_checksum_is_that_of_the_content")],
+)
+def test_the_contract_finds_a_store_that_breaks_a_law_of_reading(store: type[MemoryStore], law: str) -> None:
+    test = getattr(ReadingContract(), law)
+    for right in (MemoryStore(), MemoryStore(unit=1 << 20)):
+        test(right, right.put)
+    wrong = store()
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        test(wrong, wrong.put)
+
+
 def test_the_contract_finds_a_store_that_fills_half_a_view() -> None:
-    StoreContract().test_an_object_that_ends_sooner_is_an_error(MemoryStore(), 50, 51)
+    right, wrong = MemoryStore(), _Partial()
+    ReadingContract().test_an_object_that_ends_sooner_is_an_error(right, right.put, 50, 51)
     with pytest.raises(pytest.fail.Exception):
-        StoreContract().test_an_object_that_ends_sooner_is_an_error(_Partial(), 50, 51)
+        ReadingContract().test_an_object_that_ends_sooner_is_an_error(wrong, wrong.put, 50, 51)
 
 
 def test_every_law_has_a_sentence() -> None:
-    laws = [law for name, law in vars(StoreContract).items() if name.startswith("test_")]
-    assert len(laws) >= 20
-    assert all(law.__doc__ and law.__doc__.endswith(".") for law in laws)
+    for contract, least in ((ReadingContract, 15), (StoreContract, 20), (ReadOnlyContract, 1)):
+        laws = [law for name, law in vars(contract).items() if name.startswith("test_")]
+        assert len(laws) >= least
+        assert all(law.__doc__ and law.__doc__.endswith(".") for law in laws)
+
+
+# Gaps
+
+
+class _LastWins(MemoryStore):
+    conditional = False
+
+    def create(self, key, size, *, exclusive=False):
+        if exclusive and self.exists(key):
+            raise AlreadyExists(f"{key} exists already")
+        return super().create(key, size)
+
+
+class TestStoreWhereTheLastWriterWins(StoreContract):
+    """A store without conditions declares it, and keeps every other law."""
+
+    gaps = frozenset({"exclusive race"})
+
+    @pytest.fixture
+    def store(self) -> Iterator[MemoryStore]:
+        with _LastWins() as store:
+            yield store
+
+
+class _Forgets(MemoryStore):
+    def unfinished(self, prefix=""):
+        return iter(())
+
+
+class _Restarted(MemoryStore):
+    def unfinished(self, prefix=""):
+        return (replace(left, since=1.0) for left in super().unfinished(prefix))
+
+
+class _Plain(MemoryStore):
+    def create(self, key, size, *, exclusive=False):
+        if ":" in key:
+            raise UsageError(f"{key} has a colon, which this store does not take")
+        return super().create(key, size, exclusive=exclusive)
+
+
+@pytest.mark.parametrize(
+    ("gap", "store", "law", "arguments"),
+    [
+        ("exclusive race", _LastWins, "test_of_exclusive_writers_one_wins", ()),
+        ("unfinished", _Forgets, "test_what_a_killed_writer_left_can_be_found_and_removed", ()),
+        ("age", _Restarted, "test_what_a_killed_writer_left_can_be_found_and_removed", ()),
+        ("name a:b", _Plain, "test_unusual_names_are_only_names", ("a:b",)),
+    ],
+)
+def test_a_gap_must_be_declared_and_must_be_one(
+    gap: str, store: type[MemoryStore], law: str, arguments: tuple[str, ...]
+) -> None:
+    class Declared(StoreContract):
+        gaps = frozenset({gap})
+
+    getattr(Declared(), law)(store(), *arguments)
+    with pytest.raises((AssertionError, UsageError)):
+        getattr(StoreContract(), law)(store(), *arguments)  # it is not declared
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        getattr(Declared(), law)(MemoryStore(), *arguments)  # there is none
+
+
+def test_a_gap_that_nobody_knows_is_found() -> None:
+    class Declared(StoreContract):
+        gaps = frozenset({"excuses"})
+
+    with pytest.raises(AssertionError, match="excuses"):
+        Declared().test_gaps_have_names()
+
+
+# Reading alone
+
+
+class _Mirror(Wrapper):
+    def __init__(self, inner):
+        super().__init__(inner)
+        self.writable = False
+
+    def create(self, key, size, *, exclusive=False):
+        raise UsageError(f"{self.locate(key)} can only be read")
+
+    def delete(self, key):
+        raise UsageError(f"{self.locate(key)} can only be read")
+
+
+class TestMirror(ReadOnlyContract):
+    """A store that only reads is filled behind its back."""
+
+    @pytest.fixture
+    def behind(self) -> MemoryStore:
+        return MemoryStore()
+
+    @pytest.fixture
+    def store(self, behind: MemoryStore) -> _Mirror:
+        return _Mirror(behind)
+
+    @pytest.fixture
+    def fill(self, behind: MemoryStore) -> Fill:
+        return behind.put
+
+
+def test_a_store_that_can_be_written_is_not_read_only() -> None:
+    store = MemoryStore()
+    with pytest.raises(pytest.fail.Exception):
+        ReadOnlyContract().test_nothing_can_be_written(store, store.put)

@@ -104,7 +104,7 @@ def _cpu(one: Trial) -> str:
 @main.command(
     short_help="Find good settings for a storage.", epilog="Example: shardtool bench ./llama-tp4 --seconds 30"
 )
-@click.argument("uri", callback=options.address)
+@click.argument("uri", callback=options.source)
 @click.option("--sample", metavar="SIZE", help="Bytes of the checkpoint to read at most.  [default: 2GiB]")
 @click.option("--seconds", type=float, metavar="N", help="How long to try, in all.  [default: 10]")
 @click.option(

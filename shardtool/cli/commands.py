@@ -59,7 +59,7 @@ def _loaded(*uris: str | None) -> Memory:
 @main.command(
     short_help="Shard a Hugging Face checkpoint.", epilog="Example: shardtool save ./llama --tp 4 -o ./llama-tp4"
 )
-@click.argument("model", callback=options.address)
+@click.argument("model", callback=options.source)
 @options.tp("Tensor parallel size: how many ranks.")
 @options.pp
 @options.expert_parallel
@@ -79,6 +79,7 @@ def _loaded(*uris: str | None) -> Memory:
     "--keep-dropped", is_flag=True, help="Keep every source tensor that no rank needs, whatever its size, for merge."
 )
 @options.resources()
+@options.sums
 @options.writing
 @options.speech
 def save(model: str, tp: int, output: str, **flags: Any) -> int:
@@ -98,6 +99,8 @@ def save(model: str, tp: int, output: str, **flags: Any) -> int:
             expert_parallel=flags["expert_parallel"],
             keep_dropped=flags["keep_dropped"],
             ranks=flags["ranks"],
+            sha256=flags["sha256"],
+            sglang_sha256=flags["sglang_sha256"],
             **_layout(flags),
             **_given(
                 pattern=settings.pattern(flags["pattern"]),
@@ -113,7 +116,7 @@ def save(model: str, tp: int, output: str, **flags: Any) -> int:
     short_help="Change the tensor parallel size of shards.",
     epilog="Example: shardtool reshard ./llama-tp4 --tp 2 -o ./llama-tp2",
 )
-@click.argument("uri", callback=options.address)
+@click.argument("uri", callback=options.source)
 @options.tp("Tensor parallel size of the new shards.")
 @options.pp
 @click.option(
@@ -131,6 +134,7 @@ def save(model: str, tp: int, output: str, **flags: Any) -> int:
 @options.verified_input
 @options.ranks
 @options.resources()
+@options.sums
 @options.writing
 @options.speech
 def reshard(uri: str, tp: int, output: str, **flags: Any) -> int:
@@ -150,6 +154,8 @@ def reshard(uri: str, tp: int, output: str, **flags: Any) -> int:
             source_pattern=flags["source_pattern"],
             verify=flags["verify"],
             ranks=flags["ranks"],
+            sha256=flags["sha256"],
+            sglang_sha256=flags["sglang_sha256"],
             **_layout(flags),
             **_given(
                 pattern=settings.pattern(flags["pattern"]),
@@ -164,7 +170,7 @@ def reshard(uri: str, tp: int, output: str, **flags: Any) -> int:
     short_help="Turn shards back into a whole checkpoint.",
     epilog="Example: shardtool merge ./llama-tp4 -o ./llama-merged",
 )
-@click.argument("uri", callback=options.address)
+@click.argument("uri", callback=options.source)
 @options.output("the whole tensors")
 @options.pattern(options.READ_PATTERN, "--source-pattern")
 @options.merged_size
@@ -217,7 +223,7 @@ def _write(
 
 
 @main.command(short_help="Load tensors and say how fast it was.", epilog="Example: shardtool load ./llama-tp4 --rank 0")
-@click.argument("uri", callback=options.address)
+@click.argument("uri", callback=options.source)
 @options.rank
 @click.option(
     "--device",
@@ -273,12 +279,12 @@ def load(uri: str, **flags: Any) -> int:
 @main.command(
     short_help="Check files, digests and values.", epilog="Example: shardtool verify ./llama-tp4 --against ./llama"
 )
-@click.argument("uri", callback=options.address)
+@click.argument("uri", callback=options.source)
 @click.option("--quick", is_flag=True, help="Look at names, sizes and headers only; read no tensor.")
 @click.option(
     "--against",
     metavar="URI",
-    callback=options.address,
+    callback=options.source,
     help="Compare every tensor with this model, or with shards of it at any size.",
 )
 @click.option(
@@ -320,7 +326,7 @@ def verify(uri: str, **flags: Any) -> int:
     short_help="Ask an engine how it cuts a model.",
     epilog="Example: shardtool trace ./llama --tp 1,2,4 -o ./llama-layout.json",
 )
-@click.argument("model", callback=options.address)
+@click.argument("model", callback=options.source)
 @options.tps
 @options.pp
 @options.expert_parallel
@@ -374,7 +380,7 @@ def trace(model: str, tps: tuple[int, ...], **flags: Any) -> int:
 @main.command(
     short_help="Say what a checkpoint is.", epilog="Example: shardtool inspect ./llama-tp4 --tensors 'model.layers.0.*'"
 )
-@click.argument("uri", callback=options.address)
+@click.argument("uri", callback=options.source)
 @click.option("--tensors", metavar="GLOB", help="List the tensors that this names, for example '*.q_proj.*'.")
 @options.pattern(options.READ_PATTERN)
 @click.option("--json", "wants_json", is_flag=True, help="Print one JSON object instead of text.")

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import click
 
+from shardtool import display, settings
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 MOST_RANKS = 1 << 16
@@ -41,6 +43,15 @@ def _number(least: int) -> Callable[[click.Context, click.Parameter, int | None]
     return check
 
 
+def _slowed(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    """Lets all stores that the command opens keep within a limit."""
+    rate = settings.bwlimit(value)
+    if rate is not None:
+        from shardtool.stores.bandwidth import limited
+
+        ctx.with_resource(limited(rate))
+
+
 def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
     """Several options as one decorator, shown in this order."""
 
@@ -58,6 +69,18 @@ def address(ctx: click.Context, param: click.Parameter, value: str | None) -> st
         raise click.BadParameter(
             f"{value[:60]!r} keeps nothing between commands; name a folder or a bucket", ctx, param
         )
+    return value
+
+
+def source(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """``address`` of what is there already. A text that is taken for the id of a model of the hub is told of."""
+    from shardtool.checkpoint import single_file
+    from shardtool.stores.existing import hub_id
+
+    value = address(ctx, param, value)
+    model = hub_id((single_file(value) or (value,))[0]) if value else None
+    if model and not settings.quiet(ctx.params.get("quiet")):
+        display.note(f"{value} does not exist here: taken for the model {model}")
     return value
 
 
@@ -120,6 +143,14 @@ rank = click.option(
 )
 
 
+sums = _all(
+    click.option("--sha256", is_flag=True, help="Write SHA256SUMS too, as sha256sum -c reads it."),
+    click.option(
+        "--sglang-sha256", is_flag=True, help="Write checksums.json too, as SGLang's --model-checksum reads it."
+    ),
+)
+
+
 def pattern(help_text: str, flag: str = "--pattern") -> Callable[[F], F]:
     """``--pattern`` or ``--source-pattern``."""
     return click.option(flag, metavar="P", help=help_text)
@@ -140,7 +171,7 @@ verified_input = click.option(
 
 
 def resources(readers: str = "8") -> Callable[[F], F]:
-    """``--memory-limit`` and ``--concurrency``, whose default is told as ``readers``."""
+    """``--memory-limit``, ``--concurrency``, whose default is told as ``readers``, and ``--bwlimit``."""
     return _all(
         click.option(
             "--memory-limit",
@@ -149,6 +180,13 @@ def resources(readers: str = "8") -> Callable[[F], F]:
             "  [default: half of what is free, 256MiB at most]",
         ),
         click.option("--concurrency", type=int, metavar="N", help=f"Reads under way at once.  [default: {readers}]"),
+        click.option(
+            "--bwlimit",
+            metavar="SIZE",
+            callback=_slowed,
+            expose_value=False,
+            help="Bytes per second at most, read and written each, for example 100MB.",
+        ),
     )
 
 
@@ -158,6 +196,6 @@ writing = _all(
 )
 
 speech = _all(
-    click.option("--quiet/--no-quiet", "-q", default=None, help="Show errors and differences only."),
+    click.option("--quiet/--no-quiet", "-q", default=None, is_eager=True, help="Show errors and differences only."),
     click.option("--json", "wants_json", is_flag=True, help="Print one JSON object instead of text."),
 )

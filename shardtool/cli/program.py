@@ -30,7 +30,7 @@ from shardtool.errors import BudgetTooSmall, ShardtoolError
 
 SYSTEM_FAILED = 5
 _PLATFORMS = ("linux", "darwin")
-_RESUMED = ("save", "reshard", "merge")
+_RESUMED = ("save", "reshard", "merge", "pull")
 
 
 class Program(click.Group):

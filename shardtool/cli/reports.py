@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from shardtool import display
 from shardtool.budget import peak_memory
 from shardtool.display import counted, show_seconds, show_speed, speed
+from shardtool.stores.address import shown
 from shardtool.units import show_size
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Written:
         fields["files"] = [{"key": key, "rank": rank, "size": size} for key, rank, size in self.summary.files]
         return {
             "command": self.command,
-            "output": self.output,
+            "output": shown(self.output),
             "dry_run": self.dry_run,
             **fields,
             "seconds": self.seconds,
@@ -81,7 +82,7 @@ class Written:
 
     def _plan(self) -> Iterable[str]:
         summary = self.summary
-        yield f"{self.output}: would hold {summary.what}"
+        yield f"{shown(self.output)}: would hold {summary.what}"
         yield from (f"{key}: {value}" for key, value in summary.details.items() if isinstance(value, str | int))
         yield f"writes: {show_size(summary.bytes_to_write)} in {counted(len(summary.files), 'file')}"
         yield f"reads: {show_size(summary.bytes_to_read)}"
@@ -92,13 +93,13 @@ class Written:
         summary = self.summary
         total = f"{show_size(summary.bytes_to_write)} in {counted(len(summary.files), 'file')}"
         if summary.complete and not summary.written:
-            yield f"{self.output}: {summary.what}, {total}: complete already{_RESTS_ON.get(self.command, '')}"
+            yield f"{shown(self.output)}: {summary.what}, {total}: complete already{_RESTS_ON.get(self.command, '')}"
             return
         took = f"{show_seconds(self.seconds)} ({show_speed(summary.written, self.seconds)})"
         before = f", {show_size(summary.kept)} of it written before" if summary.kept else ""
-        yield f"{self.output}: {summary.what}, {total}{before}, {took}, peak memory {show_size(peak_memory())}"
+        yield f"{shown(self.output)}: {summary.what}, {total}{before}, {took}, peak memory {show_size(peak_memory())}"
         if not summary.complete:
-            yield f"{self.output}: not complete yet, other ranks are still to be written"
+            yield f"{shown(self.output)}: not complete yet, other ranks are still to be written"
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,13 +172,21 @@ class Verified:
         return {
             "command": "verify",
             "uri": report.uri,
-            "against": self.against,
+            "against": None if self.against is None else shown(self.against),
             "kind": report.kind,
             "depth": report.depth,
             "ok": report.ok,
             "exit_code": report.exit_code,
             "files": [
-                {"key": file.key, "size": file.size, "ok": file.ok, "missing": file.missing, "why": list(file.why)}
+                {
+                    "key": file.key,
+                    "size": file.size,
+                    "ok": file.ok,
+                    "missing": file.missing,
+                    "why": list(file.why),
+                    **({"compared": list(file.compared)} if file.compared else {}),
+                    **({"not_compared": file.not_compared} if file.not_compared else {}),
+                }
                 for file in report.files
             ],
             "differences": [_difference(one) for one in report.differences],
@@ -206,7 +215,7 @@ class Verified:
         looked = {
             "structure": "structure checked",
             "digests": "structure and digests checked",
-            "equality": f"compared with {self.against}",
+            "equality": f"compared with {shown(self.against or '')}",
         }[report.depth]
         if report.ok:
             found = [counted(len(report.files), "file")]
@@ -221,7 +230,9 @@ class Verified:
 def _checked(file: FileCheck) -> list[str]:
     """One line for a file, or one for each thing that is wrong with it."""
     if file.ok:
-        return [f"{file.key}: OK"]
+        quick = [", ".join(file.compared), f"not its {file.not_compared}" if file.not_compared else ""]
+        said = "; ".join(text for text in quick if text)
+        return [f"{file.key}: OK ({said})" if said else f"{file.key}: OK"]
     lines = [f"{file.key}: FAILED ({why})" for why in file.why[:SHOWN]]
     return lines + [f"{file.key}: FAILED (and {more} more)" for more in [len(file.why) - SHOWN] if more > 0]
 

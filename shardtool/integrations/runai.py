@@ -17,7 +17,7 @@ What differs, and is meant to:
 * a memory limit may be smaller than the largest tensor;
 * a file in a bucket that is too short is found when it is opened, not when its end is reached;
 * ``pull_files`` leaves no half files, and copies from folders too;
-* addresses are those that shardtool has stores for: ``gs://`` and ``az://`` are not among them.
+* addresses are those that shardtool has stores for.
 
 Where Run:ai raises ``ValueError``, so does this: its errors are shardtool's own and ``ValueError`` at once. They name
 what is wrong in Run:ai's words as well. ``RUNAI_STREAMER_*`` variables are read where ``SHARDTOOL_*`` say nothing.
@@ -51,12 +51,12 @@ from shardtool.integrations.runai_streams import (
     bounded,
     listed,
     opener,
-    patterns,
     together,
     value_errors,
     within,
 )
 from shardtool.ops.files import copy, gathered, open_files
+from shardtool.ops.pull import matching, patterns
 from shardtool.segments import Item
 from shardtool.stores import open_store
 from shardtool.units import show_size
@@ -290,7 +290,7 @@ def pull_files(
         allowed, ignored = patterns(allow_pattern, "allow_pattern"), patterns(ignore_pattern, "ignore_pattern")
 
         def matches(key: str, given: Collection[str]) -> bool:
-            return any(fnmatch(key, pattern) or fnmatch(above + key, pattern) for pattern in given)
+            return matching(key, given) or matching(above + key, given)
 
         wanted = [
             found

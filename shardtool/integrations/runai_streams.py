@@ -3,7 +3,7 @@
 ::
 
     S3Credentials, opener    what opens a folder or a bucket, as a caller and the environment say
-    listed, patterns         what lies in a folder, and which of it is meant
+    listed                   what lies in a folder
     within                   something under the memory limit of the environment
     value_errors             shardtool's errors become ``ValueError`` too, in Run:ai's words as well
     Stream                   tensors under way, which may be left and gone on with
@@ -18,11 +18,10 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -35,6 +34,7 @@ from shardtool.exchange import Exchange, wanted
 from shardtool.header import Entry, Header
 from shardtool.ops.files import gathered
 from shardtool.ops.load import handed
+from shardtool.ops.pull import matching, patterns
 from shardtool.ops.stream import Fresh
 from shardtool.segments import Item
 from shardtool.stores import open_store
@@ -91,15 +91,6 @@ def bounded(found: Iterable[T], where: str) -> list[T]:
     if len(some) > MAX_OBJECTS:
         raise UsageError(f"{where} holds more than {MAX_OBJECTS} files: name a folder that holds one model")
     return some
-
-
-def patterns(given: object, name: str) -> Collection[str] | None:
-    """A collection of patterns, or None. Raises ``UsageError`` for a text, whose letters would be the patterns."""
-    if given is None:
-        return None
-    if isinstance(given, str) or not isinstance(given, Collection) or not all(isinstance(one, str) for one in given):
-        raise UsageError(f"{name}={given!r:.60} is not a list of patterns: write for example ['*.json']")
-    return given
 
 
 def within(begin: Callable[..., T], memory_limit: int | None = None) -> T:
@@ -343,8 +334,8 @@ class FileStreamer(_Ranges):
                 (store.locate(found.key), found.size)
                 for found in listed(store)
                 if (is_recursive or "/" not in found.key)
-                and (allowed is None or any(fnmatch(found.key, pattern) for pattern in allowed))
-                and not any(fnmatch(found.key, pattern) for pattern in ignored)
+                and (allowed is None or matching(found.key, allowed))
+                and not matching(found.key, ignored)
             ]
 
 

@@ -30,7 +30,7 @@ from shardtool.checkpoint import Checkpoint
 from shardtool.container import available
 from shardtool.errors import UsageError
 from shardtool.ops.rank import opened
-from shardtool.stores import residency
+from shardtool.stores import Address, named, residency
 from shardtool.stores.base import Store
 from shardtool.stores.local import LocalStore
 from shardtool.units import parse_size, show_size
@@ -97,7 +97,7 @@ class Benchmark:
 
 
 def bench(
-    uri: str | os.PathLike[str],
+    uri: Address,
     *,
     sample: int | str = SAMPLE,
     seconds: float = SECONDS,
@@ -116,7 +116,7 @@ def bench(
     if wanted < 1:
         raise UsageError(f"--sample {sample} is not a size to read; write for example 2GiB")
     _check_seconds(seconds)
-    limit = limit_of(memory_limit, least=BLOCKS[0], what=f"reading {os.fspath(uri)}", most=UNLIMITED)
+    limit = limit_of(memory_limit, least=BLOCKS[0], what=f"reading {named(uri)}", most=UNLIMITED)
     checkpoint = opened(uri, None, pattern)
     with checkpoint.store as store:
         every = _ranges(checkpoint)

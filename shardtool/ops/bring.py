@@ -170,12 +170,13 @@ class Slices:
         memory_limit: int | str | None = None,
         concurrency: int | None = None,
         progress: Callable[[int, int], None] | None = None,
+        clock: Clock | None = None,
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """``(name, tensor)`` for every tensor of the rank; the caller owns them."""
+        """``(name, tensor)`` for every tensor of the rank; the caller owns them. ``clock``: to be told of the time."""
         places = Fresh(device)
         memory = memory_for(self, places, memory_limit, concurrency)
         made = list(bundles(self.slices, memory.run))
-        return bring(self, Job(made, partial(steps, made, memory), self.store), places, memory, progress)
+        return bring(self, Job(made, partial(steps, made, memory), self.store), places, memory, progress, clock)
 
     def close(self) -> None:
         """Close the source."""
@@ -266,12 +267,17 @@ class Job:
 
 
 def bring(
-    found: Slices, job: Job, places: Fresh, memory: Memory, progress: Callable[[int, int], None] | None
+    found: Slices,
+    job: Job,
+    places: Fresh,
+    memory: Memory,
+    progress: Callable[[int, int], None] | None,
+    clock: Clock | None = None,
 ) -> Iterator[tuple[str, Any]]:
     """Run the engine in a thread and hand its tensors over in order."""
     from shardtool.sinks.segment import SegmentSink
 
-    clock = Clock()
+    clock = Clock() if clock is None else clock
     means = Means(Arena(memory.arena), Slabs(memory.ahead), Gate(memory.ahead), memory.threads, memory.run, clock)
     ready: SimpleQueue[SegmentSink | BaseException | None] = SimpleQueue()
     total = found.nbytes

@@ -42,6 +42,8 @@ _HEADER_READERS = 16
 class Files(Store):
     """Objects of several stores under keys of their own, for reading only. It closes these stores."""
 
+    writable = False
+
     def __init__(self, places: dict[str, tuple[Store, str]]) -> None:
         self.uri = "1 file" if len(places) == 1 else f"{len(places)} files"
         self.keys = list(places)
@@ -207,10 +209,12 @@ def copy(
     *,
     concurrency: int | None = None,
     memory_limit: int | str | None = None,
+    done: Callable[[Object], None] = lambda _: None,
 ) -> None:
     """Bring objects into another store, each visible when it is whole, with buffers within the memory limit.
 
-    Raises ``StoreError`` for an object that is replaced meanwhile, and ``BudgetTooSmall``.
+    ``done`` is told of each object as soon as it is there. Raises ``StoreError`` for an object that is replaced
+    meanwhile, and ``BudgetTooSmall``.
     """
     wanted = list(objects)
     how = copying(source, to, wanted, concurrency, memory_limit)
@@ -240,6 +244,7 @@ def copy(
                         raise StoreError(f"{source.locate(thing.key)} was replaced while it was read: start again")
                     writer.commit()
                     writer = None
+                    done(thing)
         finally:
             if writer is not None:
                 writer.abort()

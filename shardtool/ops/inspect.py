@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -25,6 +24,7 @@ from shardtool.mosaic import Logical
 from shardtool.ops import source as sources
 from shardtool.ops.job import natural
 from shardtool.ops.rank import text
+from shardtool.stores import Address
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class Inspection:
     listed: tuple[TensorSummary, ...] = ()
 
 
-def inspect(uri: str | os.PathLike[str], *, tensors: str | None = None, pattern: str | None = None) -> Inspection:
+def inspect(uri: Address, *, tensors: str | None = None, pattern: str | None = None) -> Inspection:
     """Summarise any checkpoint: sharded with or without a manifest, Hugging Face, or a single file of tensors.
 
     ``tensors``: a shell pattern (``model.layers.0.*``); the stored tensors that it names are listed. ``pattern``:

@@ -11,6 +11,7 @@ from shardtool import manifest
 from shardtool.computed import Resolve
 from shardtool.errors import UsageError
 from shardtool.manifest import FileRecord
+from shardtool.ops.sums import Sums
 from shardtool.plan import File
 from shardtool.stores.base import Object, Store
 
@@ -26,6 +27,8 @@ class Job:
     ``resolve``: a target's pieces over the objects of ``source``.
 
     ``weights``: the source's files, with their versions; a job that is taken up again must find them as they were.
+
+    ``reads``: whether an engine that lists the output would take an object for a shard.
 
     ``beside``: the side files, of which ``write_beside`` writes some; ``commit``: writes the mark of the complete
     checkpoint, from all records; ``committed``: whether the output bears this very mark already.
@@ -45,6 +48,7 @@ class Job:
     stale: Callable[[str], bool]  # whether --overwrite may remove a file of this name
     notes: tuple[str, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
+    reads: Callable[[str], bool] = lambda key: False
     computing: int = 0  # bytes that computed tensors take
 
     def of_ranks(self, ranks: Sequence[int] | None) -> tuple[tuple[int, File], ...]:
@@ -69,6 +73,7 @@ class Means:
     dry_run: bool
     progress: Callable[[int, int], None] | None
     ranks: Sequence[int] | None = None
+    sums: Sums = Sums()  # noqa: RUF009 - it is frozen
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from shardtool.exchange import Exchange, exchange_for, heard
 from shardtool.ops.rank import chosen, equal, items, number, opened
 from shardtool.ops.stream import Fresh, Given, Handed, Means, flow, means_for, ordered
 from shardtool.segments import Item
+from shardtool.stores import Address
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,7 @@ Order = str | Sequence[str]
 
 
 def stream(
-    uri: str | os.PathLike[str],
+    uri: Address,
     *,
     rank: int | None = None,
     device: str = "cpu",
@@ -149,7 +149,7 @@ def _closing(checkpoint: Checkpoint, tensors: Iterator[tuple[str, Any]]) -> Gene
 
 
 def load(
-    uri: str | os.PathLike[str],
+    uri: Address,
     *,
     rank: int | None = None,
     device: str = "cpu",
@@ -192,7 +192,7 @@ def load(
 
 def load_into(
     target: torch.nn.Module | Mapping[str, torch.Tensor],
-    uri: str | os.PathLike[str],
+    uri: Address,
     *,
     rank: int | None = None,
     concurrency: int | None = None,

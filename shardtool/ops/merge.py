@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,7 +21,7 @@ from shardtool.ops.source import Source
 from shardtool.ops.verify import check_input
 from shardtool.ops.write import perform
 from shardtool.plan import File, Tensor, itself
-from shardtool.stores import open_store
+from shardtool.stores import Address, open_store
 from shardtool.stores.base import Store
 from shardtool.units import parse_size
 
@@ -32,8 +31,8 @@ FILE_SIZE = 5 * 10**9
 
 
 def merge(
-    uri: str | os.PathLike[str],
-    output: str | os.PathLike[str],
+    uri: Address,
+    output: Address,
     *,
     source_pattern: str | None = None,
     max_part_size: int | str = FILE_SIZE,
@@ -58,12 +57,12 @@ def merge(
         dry_run=dry_run,
         progress=progress,
     )
-    source = sources.open_source(os.fspath(uri), shard_pattern=source_pattern)
+    source = sources.open_source(uri, shard_pattern=source_pattern)
     with source.store:
         if source.origin is None:
             raise PlanError(f"{source.uri} is not sharded; there is nothing to merge")
         check = partial(check_input, source, means) if verify else None
-        with open_store(os.fspath(output)) as to:
+        with open_store(output) as to:
             job = plan(source, source.origin, parse_size(max_part_size, "--max-part-size"))
             return perform(job, to, means, check)
 

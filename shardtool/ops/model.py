@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -32,6 +31,7 @@ from shardtool.ops.rank import equal, items
 from shardtool.ops.together import together
 from shardtool.plan import Piece
 from shardtool.segments import Item
+from shardtool.stores import Address
 from shardtool.window import Window, row_major
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ Uses = Mapping[str, tuple[tuple[str, Piece], ...]]
 
 
 def load_model(
-    uri: str | os.PathLike[str],
+    uri: Address,
     *,
     tp: int | str = "auto",
     device: str = "auto",

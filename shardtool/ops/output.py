@@ -8,18 +8,23 @@ makes a checkpoint complete is one small object, written last.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
-from shardtool import digest, manifest
+from shardtool import digest, manifest, pattern
 from shardtool.errors import AlreadyExists, FormatError, NotFound, PlanError
 from shardtool.manifest import FileRecord
+from shardtool.ops import sums
 from shardtool.ops.job import Job
+from shardtool.ops.sums import Sums
 from shardtool.stores.base import Store
 
 MAX_RECORD = 256 << 20
 JOB = "job.json"
+PAGE = 1000
+"""Objects that vLLM sees of a place in S3."""
 _DAMAGED = (NotFound, FormatError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """What reading a record raises that is not whole, or gone because another worker has committed."""
 
@@ -98,7 +103,9 @@ def _doomed(job: Job, to: Store, found: Mapping[str, int]) -> frozenset[str]:
     listed = _listed(to) if manifest.KEY in found else set()
     ours = (manifest.KEY, job.mark)
     return frozenset(
-        key for key in found if key in listed or key in ours or key.startswith(manifest.PRIVATE) or job.stale(key)
+        key
+        for key in found
+        if key in listed or key in ours or key in sums.NAMES or key.startswith(manifest.PRIVATE) or job.stale(key)
     )
 
 
@@ -111,12 +118,38 @@ def _listed(to: Store) -> set[str]:
     return {file.key for file in made.files if file.key.endswith(".safetensors")}
 
 
+def _written(to: Store) -> tuple[FileRecord, ...]:
+    """The files of the complete checkpoint that is there."""
+    return manifest.decode(to.get(manifest.KEY, limit=manifest.MAX_BYTES), to.locate(manifest.KEY)).files
+
+
 def _spare_source(job: Job, to: Store, doomed: Set[str]) -> None:
     """Refuse to remove or replace a file that the source reads, where one folder lies in the other."""
     touched = {*doomed, *job.beside, job.mark, *(file.key for _, file in job.files)}
     read = {f"{job.source.place()}/{weight.key}" for weight in job.weights}
     if lost := sorted(key for key in touched if f"{to.place()}/{key}" in read):
         raise PlanError(f"{to.locate(lost[0])} is a file of the source: use another --output or --pattern")
+
+
+def cautions(job: Job, to: Store, state: State) -> list[str]:
+    """What engines would stumble over where they list an object store, as vLLM lists S3: one page, whole keys."""
+    if not pattern.matched_whole(to.uri):
+        return []
+    notes = []
+    own = {file.key for _, file in job.files}
+    left = {key for key in state.found if key not in state.doomed and not key.startswith(job.prefix)}
+    count = len(left | own | job.beside | {job.mark})
+    if count >= PAGE:
+        notes.append(
+            f"{to.uri} will hold {count} objects: vLLM lists {PAGE} of a place and ignores the rest; use a larger"
+            " --max-part-size or an --output of its own"
+        )
+    if others := sorted(key for key in left - own if job.reads(key)):
+        notes.append(
+            f"{to.locate(others[0])} is not of this checkpoint, but engines would read it as one of its shards: remove"
+            " it"
+        )
+    return notes
 
 
 def begin(job: Job, to: Store, state: State) -> set[str]:
@@ -133,7 +166,7 @@ def begin(job: Job, to: Store, state: State) -> set[str]:
     return {record.key for record in _records(job, to) if state.found.get(record.key) == record.size}
 
 
-def restore(job: Job, to: Store, state: State) -> None:
+def restore(job: Job, to: Store, state: State, wanted: Sums) -> None:
     """Put back what a complete checkpoint lacks beside its weights, and remove what a killed run left.
 
     What is there stays: it may have been edited.
@@ -142,22 +175,30 @@ def restore(job: Job, to: Store, state: State) -> None:
         job.write_beside(to, missing)
     if any(key.startswith(job.prefix) for key in state.found):
         _tidy(job, to)
+    names = {sums.TEXT: wanted.text, sums.SGLANG: wanted.sglang}
+    if any(asked and name not in state.found for name, asked in names.items()):
+        sums.write(to, wanted, sums.summed(to, _written(to)), job.beside)
 
 
 def record(job: Job, to: Store, made: FileRecord) -> None:
     """Remember a file that is durable."""
     text = json.dumps(made.to_json())  # with a digest: a damaged record must not become part of a manifest
-    to.put(_record_key(job, made.key), json.dumps({"record": text, "digest": digest.of_bytes(text.encode())}).encode())
+    kept = {"record": text, "digest": digest.of_bytes(text.encode()), "at": time.time()}
+    to.put(_record_key(job, made.key), json.dumps(kept).encode())
 
 
-def commit(job: Job, to: Store) -> bool:
+def commit(job: Job, to: Store, wanted: Sums) -> bool:
     """Commit if every file is there with its record. Losing to an identical commit is success."""
     sizes = {thing.key: thing.size for thing in to.list()}
     records = {made.key: made for made in _records(job, to) if sizes.get(made.key) == made.size}
     if all(file.key in records for _, file in job.files):
         job.write_beside(to, job.beside)
+        made = [records[file.key] for _, file in job.files]
+        if wanted:
+            made = sums.summed(to, made)
+            sums.write(to, wanted, made, job.beside)
         try:
-            job.commit(to, [records[file.key] for _, file in job.files])
+            job.commit(to, made)
         except AlreadyExists:
             if not job.committed(to):
                 raise
@@ -168,8 +209,14 @@ def commit(job: Job, to: Store) -> bool:
 
 
 def _announce(job: Job, to: Store) -> None:
-    """Say whose job this output is."""
-    kept = {"what": job.what, "fingerprint": job.fingerprint, "source": _versions(job)}
+    """Say whose job this output is, which files it will have, and when this was said: what ``clean`` goes by."""
+    kept = {
+        "what": job.what,
+        "fingerprint": job.fingerprint,
+        "source": _versions(job),
+        "files": [[file.key, file.size] for _, file in job.files],
+        "at": time.time(),
+    }
     to.put(job.prefix + JOB, json.dumps(kept).encode())
 
 

@@ -10,14 +10,13 @@
 
 from __future__ import annotations
 
-import os
-
 from shardtool import digest
 from shardtool.calm import calm
 from shardtool.checkpoint import Checkpoint, open_checkpoint, tensor_of, with_headers
 from shardtool.errors import NotFound, TensorMismatch, UsageError
 from shardtool.ops.equal import equal as equal_bytes
 from shardtool.segments import Item
+from shardtool.stores import Address
 
 
 def text(value: object, name: str) -> None:
@@ -32,7 +31,7 @@ def number(value: object, name: str) -> None:
         raise UsageError(f"{name}={value!r} is not a whole number")
 
 
-def opened(uri: str | os.PathLike[str], rank: int | None, pattern: str | None, *, own: int | None = None) -> Checkpoint:
+def opened(uri: Address, rank: int | None, pattern: str | None, *, own: int | None = None) -> Checkpoint:
     """The checkpoint at a URI with the headers of a rank, or of all. Raises ``NotFound`` and ``UsageError``.
 
     ``own``: the rank to take where there are ranks and none was said.

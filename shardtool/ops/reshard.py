@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -11,14 +10,16 @@ from shardtool.ops import source as sources
 from shardtool.ops.job import Means, Summary
 from shardtool.ops.layout import Choice
 from shardtool.ops.save import PART_SIZE, Cut, convert
+from shardtool.ops.sums import Sums
 from shardtool.ops.verify import check_input
 from shardtool.parallel import Parallel
+from shardtool.stores import Address
 from shardtool.units import parse_size
 
 
 def reshard(
-    uri: str | os.PathLike[str],
-    output: str | os.PathLike[str],
+    uri: Address,
+    output: Address,
     *,
     tp: int,
     pp: int = 1,
@@ -38,6 +39,8 @@ def reshard(
     concurrency: int | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
+    sha256: bool = False,
+    sglang_sha256: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
     """Write the shards of another ``tp``: byte for byte what ``save`` at that tp writes.
@@ -55,8 +58,9 @@ def reshard(
         dry_run=dry_run,
         progress=progress,
         ranks=ranks,
+        sums=Sums(sha256, sglang_sha256),
     )
-    source = sources.open_source(os.fspath(uri), shard_pattern=source_pattern)
+    source = sources.open_source(uri, shard_pattern=source_pattern)
     with source.store:
         if source.origin is None:
             raise PlanError(f"{source.uri} is not sharded; use shardtool save")
@@ -66,4 +70,4 @@ def reshard(
         most = parse_size(max_part_size, "--max-part-size")
         cut = Cut(Parallel(tp, pp, whole, partition), choice, pattern, most)
         check = partial(check_input, source, means) if verify else None
-        return convert(source, os.fspath(output), means, cut, check)
+        return convert(source, output, means, cut, check)

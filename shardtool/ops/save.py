@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -18,11 +18,12 @@ from shardtool.ops.job import Job, Means, Summary, for_reasons, split_parts
 from shardtool.ops.layout import Choice
 from shardtool.ops.source import Source
 from shardtool.ops.structure import partly_held
+from shardtool.ops.sums import Sums
 from shardtool.ops.write import perform
 from shardtool.parallel import Parallel
 from shardtool.plan import File, Tensor, itself
 from shardtool.recipe import held_as, used, used_by_programs
-from shardtool.stores import open_store
+from shardtool.stores import Address, open_store
 from shardtool.stores.base import Store
 from shardtool.units import parse_size, show_size
 
@@ -32,8 +33,8 @@ KEPT_MOST = 64 << 20
 
 
 def save(
-    model: str | os.PathLike[str],
-    output: str | os.PathLike[str],
+    model: Address,
+    output: Address,
     *,
     tp: int,
     pp: int = 1,
@@ -53,6 +54,8 @@ def save(
     concurrency: int | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
+    sha256: bool = False,
+    sglang_sha256: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
     """Write what every rank of ``tp`` (times ``pp``) would hold of a Hugging Face checkpoint, with a manifest.
@@ -67,8 +70,9 @@ def save(
 
     ``pattern``: names of the shards. ``max_part_size``, ``memory_limit``: bytes or a text such as ``5GiB``; a limit of
     -1 is none, 0 the least that does. ``ranks``: only these, so that several machines share a job; whoever finishes
-    last commits. ``progress`` is told (bytes done, bytes in all). Returns what was done; with ``dry_run``, what would
-    be.
+    last commits. ``sha256``: write ``SHA256SUMS`` too, as ``sha256sum -c`` reads it, and with ``sglang_sha256`` the
+    ``checksums.json`` that SGLang's ``--model-checksum`` reads. ``progress`` is told (bytes done, bytes in all).
+    Returns what was done; with ``dry_run``, what would be.
     """
     means = Means(
         memory_limit=memory_limit,
@@ -77,15 +81,16 @@ def save(
         dry_run=dry_run,
         progress=progress,
         ranks=ranks,
+        sums=Sums(sha256, sglang_sha256),
     )
-    source = sources.open_source(os.fspath(model))
+    source = sources.open_source(model)
     with source.store:
         sources.refuse_sharded(source)
         most = parse_size(max_part_size, "--max-part-size")
         partition = None if layer_partition is None else tuple(layer_partition)
         parallel = Parallel(tp, pp, expert_parallel, partition)
         choice = Choice(layout, engine_version, engine_python, trust_remote_code, moe_backend)
-        return convert(source, os.fspath(output), means, Cut(parallel, choice, pattern, most, dtype, keep_dropped))
+        return convert(source, output, means, Cut(parallel, choice, pattern, most, dtype, keep_dropped))
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +112,7 @@ class Cut:
         return pattern.DEFAULT_PP if self.parallel.pp > 1 else pattern.DEFAULT
 
 
-def convert(source: Source, uri: str, means: Means, cut: Cut, check: Callable[[], None] | None = None) -> Summary:
+def convert(source: Source, uri: Address, means: Means, cut: Cut, check: Callable[[], None] | None = None) -> Summary:
     """Shard a source, whole or sharded already. ``check`` is called before anything is written."""
     parallel = cut.parallel
     if means.ranks is not None and not means.ranks:
@@ -178,6 +183,7 @@ def plan(source: Source, to: Store, cut: Cut) -> Job:
         committed=committed,
         mark=manifest.KEY,
         stale=lambda key: bool(names.fullmatch(key)) or ("/" not in key and key.endswith(".safetensors.index.json")),
+        reads=lambda key: re.search(f"(?:{names.pattern})$", key) is not None,
         notes=(*outline.notes, *_notes(source, made)),
         details={
             "architecture": str((source.config.get("architectures") or ["unknown"])[0]),

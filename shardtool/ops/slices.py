@@ -7,6 +7,7 @@ backwards. The tensors equal those that ``save`` writes for the rank, one by one
 
     sliced      (name, tensor) one after the other, by oneself or together with other ranks
     opened      the same as a plan: what comes, of which bytes
+    held        ... of a checkpoint that is open
     plan        ... of a source that is open
     whole       all source tensors of shards instead, each as it was, for an engine that cuts them itself
     checked     a checkpoint that is open as the source of these
@@ -14,7 +15,6 @@ backwards. The tensors equal those that ``save`` writes for the rank, one by one
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from functools import partial
@@ -39,6 +39,7 @@ from shardtool.ops.together import together
 from shardtool.parallel import Parallel
 from shardtool.plan import Piece, itself
 from shardtool.recipe import Recipe, Rule, Share
+from shardtool.stores import Address
 from shardtool.window import row_major
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 
 
 def sliced(
-    uri: str | os.PathLike[str],
+    uri: Address,
     *,
     tp: int,
     rank: int,
@@ -112,7 +113,7 @@ def _closing(found: Slices, tensors: Iterator[tuple[str, Any]]) -> Generator[tup
 
 
 def opened(
-    uri: str | os.PathLike[str],
+    uri: Address,
     *,
     tp: int,
     rank: int,
@@ -125,20 +126,47 @@ def opened(
     verify: bool = True,
 ) -> Slices:
     """What a rank holds. Reads headers, and tensors where a layout must know whether two are equal."""
+    text(source_pattern, "source_pattern")
+    checkpoint = open_checkpoint(uri, shard_pattern=source_pattern)
+    with checkpoint.store.closed_on_failure():
+        return held(
+            checkpoint,
+            tp=tp,
+            rank=rank,
+            pp=pp,
+            expert_parallel=expert_parallel,
+            layout=layout,
+            engine_version=engine_version,
+            dtype=dtype,
+            verify=verify,
+        )
+
+
+def held(
+    checkpoint: Checkpoint,
+    *,
+    tp: int,
+    rank: int,
+    pp: int = 1,
+    expert_parallel: bool | None = None,
+    layout: str | None = None,
+    engine_version: str | None = None,
+    dtype: str | None = None,
+    verify: bool = True,
+) -> Slices:
+    """``opened`` for a checkpoint that is open."""
     number(rank, "rank")
-    for value, name in ((layout, "layout"), (dtype, "dtype"), (source_pattern, "source_pattern")):
+    for value, name in ((layout, "layout"), (dtype, "dtype")):
         text(value, name)
     sizes = Parallel(tp, pp)
     if rank not in sizes.ranks:
         raise NotFound(f"{sizes} has no rank {rank}; it has ranks 0 to {sizes.ranks[-1]}")
-    checkpoint = open_checkpoint(uri, shard_pattern=source_pattern)
-    with checkpoint.store.closed_on_failure():
-        source, watch = checked(checkpoint, verify=verify)
-        origin = source.origin
-        ep = expert_parallel if expert_parallel is not None else origin is not None and origin.parallel.ep
-        parallel = Parallel(tp, pp, ep)
-        choice = Choice(layout or ("" if origin is not None else "vllm"), engine_version)
-        return replace(plan(source, parallel, rank, choice, dtype or "auto"), checked=watch)
+    source, watch = checked(checkpoint, verify=verify)
+    origin = source.origin
+    ep = expert_parallel if expert_parallel is not None else origin is not None and origin.parallel.ep
+    parallel = Parallel(tp, pp, ep)
+    choice = Choice(layout or ("" if origin is not None else "vllm"), engine_version)
+    return replace(plan(source, parallel, rank, choice, dtype or "auto"), checked=watch)
 
 
 def checked(checkpoint: Checkpoint, *, verify: bool = True) -> tuple[Source, Checked | None]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
@@ -32,8 +32,10 @@ from shardtool.layouts import vllm
 from shardtool.layouts.base import Model, Outline, Parallel
 from shardtool.manifest import Manifest, SideFile
 from shardtool.mosaic import Logical
+from shardtool.ops import sums
 from shardtool.ops.equal import equal as equal_bytes
 from shardtool.plan import Catalog, Stored
+from shardtool.stores import Address
 from shardtool.stores.base import Object, Store
 
 MAX_SIDE = 64 << 20
@@ -68,7 +70,7 @@ class Source:
     origin: Manifest | None = None
 
 
-def open_source(uri: str, *, shard_pattern: str | None = None) -> Source:
+def open_source(uri: Address, *, shard_pattern: str | None = None) -> Source:
     """Open a model of any kind as its logical tensors. Reads headers only."""
     checkpoint = open_checkpoint(uri, shard_pattern=shard_pattern)
     with checkpoint.store.closed_on_failure():
@@ -88,7 +90,7 @@ def _whole(checkpoint: Checkpoint) -> Source:
     text = checkpoint.config_text()
     catalog = checkpoint.catalog()
     inventory = {name: Logical(entry.dtype, entry.shape) for name, (_, entry) in sorted(checkpoint.entries().items())}
-    side, skipped = _side_files(checkpoint.objects.values())
+    side, skipped = side_files(checkpoint.objects.values())
     return Source(
         uri=checkpoint.uri,
         store=checkpoint.store,
@@ -109,7 +111,7 @@ def sharded(checkpoint: Checkpoint, made: Manifest) -> Source:
         side = tuple(Object(s.key, s.size) for s in made.side_files if s.key != CONFIG)
         skipped: tuple[Object, ...] = ()
     else:
-        side, skipped = _side_files(checkpoint.objects.values())
+        side, skipped = side_files(checkpoint.objects.values())
     return Source(
         uri=checkpoint.uri,
         store=checkpoint.store,
@@ -130,7 +132,7 @@ def _weights(checkpoint: Checkpoint) -> tuple[Object, ...]:
     return tuple(Object(file.key, file.size, file.version) for file in checkpoint.files)
 
 
-def _side_files(objects: Any) -> tuple[tuple[Object, ...], tuple[Object, ...]]:
+def side_files(objects: Iterable[Object]) -> tuple[tuple[Object, ...], tuple[Object, ...]]:
     """The files that come along, config.json aside, and those that are too large to."""
     objects = list(objects)
     # folders with models of their own stay behind
@@ -139,6 +141,7 @@ def _side_files(objects: Any) -> tuple[tuple[Object, ...], tuple[Object, ...]]:
         o
         for o in objects
         if o.key != CONFIG
+        and o.key not in sums.NAMES
         and not _WEIGHTS.search(o.key)
         and not _HIDDEN.search(o.key)
         and not ("/" in o.key and o.key.split("/")[0] in models)

@@ -26,12 +26,17 @@ WHOLE = "checkpoint"
 
 @dataclass(slots=True)
 class FileCheck:
-    """One file: what is wrong with it. ``missing``: it is not there at all."""
+    """One file: what is wrong with it. ``missing``: it is not there at all.
+
+    ``compared``: what a quick look has compared, ``not_compared``: what it could not, and why.
+    """
 
     key: str
     size: int = 0
     why: list[str] = field(default_factory=list)
     missing: bool = False
+    compared: list[str] = field(default_factory=list)
+    not_compared: str = ""
 
     @property
     def ok(self) -> bool:

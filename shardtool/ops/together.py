@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from shardtool import schedule
 from shardtool.budget import Stopped
 from shardtool.dtypes import DType
+from shardtool.engine import Clock
 from shardtool.errors import UsageError
 from shardtool.exchange import Exchange
 from shardtool.ops.bring import Bundle, Job, Memory, Sinks, Slice, Slices, bring, bundles, memory_for, slice_of, steps
@@ -142,6 +143,7 @@ def together(
     memory_limit: int | str | None = None,
     concurrency: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    clock: Clock | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """``Slices.tensors`` for ranks that share an exchange: all of them call it, each for a rank of its own.
 
@@ -152,7 +154,7 @@ def together(
     if exchange.size == 1:
         memory = memory_for(found, places, memory_limit, concurrency)
         made = list(bundles(found.slices, memory.run))
-        return bring(found, Job(made, partial(steps, made, memory), found.store), places, memory, progress)
+        return bring(found, Job(made, partial(steps, made, memory), found.store), places, memory, progress, clock)
     sizes = f"{found.parallel} {found.layout}"
     said = [one.partition(" ") for one in exchange.told(f"{found.rank} {sizes}")]
     if {rest for _, _, rest in said} != {sizes}:
@@ -176,7 +178,7 @@ def together(
         return chain(steps(alone, memory, sinks), planned.own(sinks, len(alone)))
 
     job = Job([*alone, *mine], all_steps, shared, shared.stop)
-    return _sharing(shared, bring(found, job, places, memory, progress))
+    return _sharing(shared, bring(found, job, places, memory, progress, clock))
 
 
 def _sharing(shared: Shared, tensors: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:

@@ -6,7 +6,6 @@ without merging. Differences are returned, not raised; an error means that it wa
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,7 +32,7 @@ from shardtool.layouts import vllm
 from shardtool.layouts.base import Model
 from shardtool.manifest import FileRecord, Manifest
 from shardtool.mosaic import Logical, resolve
-from shardtool.ops import digests, structure
+from shardtool.ops import digests, stored, structure
 from shardtool.ops import source as sources
 from shardtool.ops.fits import check_fit
 from shardtool.ops.job import Means
@@ -43,6 +42,7 @@ from shardtool.ops.structure import FileCheck
 from shardtool.plan import Piece, Stored, Tensor, itself
 from shardtool.schedule import Target
 from shardtool.sinks.compare import CompareSink, Difference
+from shardtool.stores import Address, named
 from shardtool.stores.base import Store
 
 Told = Callable[[int, int], None] | None
@@ -89,9 +89,9 @@ class Report:
 
 
 def verify(
-    uri: str | os.PathLike[str],
+    uri: Address,
     *,
-    against: str | os.PathLike[str] | None = None,
+    against: Address | None = None,
     quick: bool = False,
     engine: str | None = None,
     engine_python: str | None = None,
@@ -104,10 +104,11 @@ def verify(
 ) -> Report:
     """Check a checkpoint: its structure, then its digests (not with ``quick``), then against another model or sharding.
 
-    ``against``: the source model, or shards of any tp; every tensor of every rank is compared with what the recipe
-    takes from it. ``engine``: the installed engine (``vllm``, ``sglang``) that shall say whether it would take these
-    shards; ``engine_python``, ``trust_remote_code`` and ``moe_backend`` are as in ``save``. ``pattern``: the names of
-    shards without a manifest. Returns a report; ``report.ok`` and ``report.exit_code`` say how it went.
+    ``quick`` reads headers only, and compares sizes and what the store keeps of contents with what it kept when they
+    were written. ``against``: the source model, or shards of any tp; every tensor of every rank is compared with what
+    the recipe takes from it. ``engine``: the installed engine (``vllm``, ``sglang``) that shall say whether it would
+    take these shards; ``engine_python``, ``trust_remote_code`` and ``moe_backend`` are as in ``save``. ``pattern``: the
+    names of shards without a manifest. Returns a report; ``report.ok`` and ``report.exit_code`` say how it went.
     """
     if engine is None and (engine_python or trust_remote_code or moe_backend):
         raise UsageError(
@@ -116,21 +117,24 @@ def verify(
     if quick and against is not None:
         raise UsageError("--quick looks at no tensor and --against at all of them; use one of the two")
     began = time.monotonic()
-    uri = os.fspath(uri)
     try:
         checkpoint = open_checkpoint(uri, shard_pattern=pattern)
     except FormatError as error:
-        return Report(uri, "unknown", "structure", [FileCheck(structure.WHOLE, why=[str(error)])])
+        return Report(named(uri), "unknown", "structure", [FileCheck(structure.WHOLE, why=[str(error)])])
     with checkpoint.store:
+        uri = checkpoint.uri
         report = Report(uri, checkpoint.kind, "structure")
         made = _structure(checkpoint, report, quick=quick, compared=against is not None)
         if checkpoint.manifest is not None and made is not None:
             report.files, files = structure.check_files(checkpoint, made)
             report.files += structure.check_side_files(checkpoint, made, digests=not quick)
             checkpoint = Checkpoint(uri, checkpoint.store, checkpoint.kind, tuple(files), made)
+            report.files += stored.check_sums(checkpoint.store, made)
             if against is not None:  # before hours are spent on digests
                 _limit(memory_limit, len(checkpoint.ranks))
-            if not quick:
+            if quick:
+                stored.compare(checkpoint.store, made.files, {check.key: check for check in report.files})
+            else:
                 report.depth = "digests"
                 _digests(checkpoint.store, files, made, report, memory_limit, concurrency, progress)
         if engine is not None:
@@ -140,7 +144,7 @@ def verify(
                 report.notes.append(f"{asked} expects just these names, dtypes and shapes on every rank")
         if against is not None:
             report.depth = "equality"
-            other = sources.open_source(os.fspath(against))
+            other = sources.open_source(against)
             with other.store:
                 _against(checkpoint, made, other, report, memory_limit, concurrency, progress)
     report.seconds = time.monotonic() - began

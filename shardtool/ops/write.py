@@ -15,6 +15,7 @@ from shardtool import schedule
 from shardtool.budget import Arena, limit_of
 from shardtool.computed import Resolve
 from shardtool.engine import Progress, execute
+from shardtool.errors import UsageError
 from shardtool.header import sort_key
 from shardtool.ops import output
 from shardtool.ops.job import Job, Means, Summary
@@ -23,6 +24,9 @@ from shardtool.plan import File, Tensor
 from shardtool.schedule import Step, Target
 from shardtool.sinks.file import FileSink, Slots
 from shardtool.stores.base import Store
+
+_PARTS = 8
+"""Parts of a file's upload that are gathered before they are sent, if there is room."""
 
 
 def _waves(files: Iterable[tuple[int, File]]) -> Iterator[list[File]]:
@@ -90,7 +94,11 @@ def _memory(job: Job, files: Sequence[tuple[int, File]], to: Store, means: Means
     held += job.computing
     least = floor + slots * units + held
     limit = limit_of(means.memory_limit, least=least, what=job.what, most=MOST)
-    return _Memory(limit, slots, units, held, least, reading(limit - least, means.concurrency, job.source))
+    more = 0
+    if units:  # several parts of one file are sent at a time if there is room
+        more = min(_PARTS - 1, min(limit // 4, (limit - least) // 2) // (slots * units)) * units
+    spare = limit - least - slots * more
+    return _Memory(limit, slots, units + more, held, least, reading(spare, means.concurrency, job.source))
 
 
 def _least(wave: Sequence[File]) -> int:
@@ -110,15 +118,19 @@ def perform(job: Job, to: Store, means: Means, check: Callable[[], None] | None 
 
     ``check`` is called once it is clear that the job can be done, and before anything is written.
     """
+    if not to.writable:
+        raise UsageError(f"{to.uri} is only read: choose a folder or a bucket for the --output")
     files = job.of_ranks(means.ranks)
+    for _, file in files:
+        to.admit(file.key, file.size, file.header)
     memory = _memory(job, files, to, means)
     state = output.look(job, to, overwrite=means.overwrite, ranks=means.ranks)
-    planned = _planned(job, files, memory)
+    planned = _planned(job, files, memory, output.cautions(job, to, state))
     if means.dry_run:
         steps = (step for wave in _waves(files) for step in _steps(wave, job.resolve, {}, memory))
         return replace(planned, bytes_to_read=sum(read.nbytes for step in steps for read in step.reads))
     if state.complete:
-        output.restore(job, to, state)
+        output.restore(job, to, state, means.sums)
         return replace(planned, kept=planned.bytes_to_write, complete=True)
     if check is not None:
         check()
@@ -126,12 +138,12 @@ def perform(job: Job, to: Store, means: Means, check: Callable[[], None] | None 
     left = tuple((part, file) for part, file in files if file.key not in done)
     total = planned.bytes_to_write
     kept = total - sum(file.size for _, file in left)
-    reads = _write(job, left, to, memory, _told(means.progress, kept, total))
-    complete = output.commit(job, to)
+    reads = _write(job, left, to, memory, _told(means.progress, kept, total), sha256=bool(means.sums))
+    complete = output.commit(job, to, means.sums)
     return replace(planned, bytes_to_read=reads, written=total - kept, kept=kept, complete=complete)
 
 
-def _planned(job: Job, files: Sequence[tuple[int, File]], memory: _Memory) -> Summary:
+def _planned(job: Job, files: Sequence[tuple[int, File]], memory: _Memory, cautions: Sequence[str]) -> Summary:
     """The job's summary before anything is read or written."""
     return Summary(
         what=job.what,
@@ -140,7 +152,7 @@ def _planned(job: Job, files: Sequence[tuple[int, File]], memory: _Memory) -> Su
         bytes_to_read=0,
         least_memory=memory.least,
         memory_limit=memory.limit,
-        notes=job.notes,
+        notes=(*job.notes, *cautions),
         details=job.details,
     )
 
@@ -159,14 +171,22 @@ def _told(progress: Callable[[int, int], None] | None, done: int, total: int) ->
     return tell
 
 
-def _write(job: Job, left: Sequence[tuple[int, File]], to: Store, memory: _Memory, progress: Progress | None) -> int:
+def _write(
+    job: Job,
+    left: Sequence[tuple[int, File]],
+    to: Store,
+    memory: _Memory,
+    progress: Progress | None,
+    *,
+    sha256: bool = False,
+) -> int:
     """Write some files; returns the bytes that were read."""
     slots = Slots(memory.slots, memory.unit)
     sinks: dict[str, FileSink] = {}
     read = 0
 
     for part, file in left:
-        sinks[file.key] = FileSink(file, part, to, partial(output.record, job, to), slots)
+        sinks[file.key] = FileSink(file, part, to, partial(output.record, job, to), slots, sha256=sha256)
 
     def counted(wave: Sequence[File]) -> Iterator[Step]:
         nonlocal read

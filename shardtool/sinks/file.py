@@ -5,6 +5,7 @@ A tile is hashed while the one before it is written.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Protocol
@@ -56,7 +57,9 @@ class FileSink:
 
     staging = 1
 
-    def __init__(self, file: File, part: int, store: Store, published: Published, slots: Slots) -> None:
+    def __init__(
+        self, file: File, part: int, store: Store, published: Published, slots: Slots, *, sha256: bool = False
+    ) -> None:
         self.file = file
         self._part = part
         self._store = store
@@ -69,6 +72,7 @@ class FileSink:
         self._digester = digest.StreamDigester([t.nbytes for t in file.tensors])
         self._lane = Lane(self._digester.update, len(file.header), self._append)
         self._write: Callable[[memoryview], None] = self._pass_on
+        self._sha256 = hashlib.sha256() if sha256 else None
 
     def room(self, tile: Tile, memory: memoryview) -> memoryview:
         """The step's own block."""
@@ -83,6 +87,8 @@ class FileSink:
         if self._writer.unit:
             self._slot = self._slots.take()
             self._write = self._gather
+        if self._sha256 is not None:
+            self._sha256.update(self.file.header)
         self._write(memoryview(self.file.header))
         if not self.file.data_size:
             self._finish()
@@ -93,6 +99,8 @@ class FileSink:
 
     def _append(self, view: memoryview) -> None:
         """Write a tile that has been hashed."""
+        if self._sha256 is not None:
+            self._sha256.update(view)
         self._write(view)
         if self._written + self._gathered == self.file.size:
             self._finish()
@@ -103,10 +111,10 @@ class FileSink:
         self._written += len(view)
 
     def _gather(self, view: memoryview) -> None:
-        """Collect bytes until they make a part that the store takes."""
+        """Collect bytes until they make parts that the store takes, as many as a buffer holds."""
         assert self._writer is not None
         assert self._slot is not None
-        unit = self._writer.unit
+        unit = len(self._slot) // self._writer.unit * self._writer.unit
         while len(view):
             n = min(len(view), unit - self._gathered)
             self._slot[self._gathered : self._gathered + n] = view[:n]
@@ -136,6 +144,8 @@ class FileSink:
                 header=digest.of_bytes(self.file.header),
                 digest=digest.of_file(self.file.header, digests),
                 tensors=tuple(TensorRecord(t.name, d) for t, d in zip(self.file.tensors, digests, strict=True)),
+                stored=dict(self._writer.checksums()),
+                sha256="" if self._sha256 is None else self._sha256.hexdigest(),
             )
         )
 

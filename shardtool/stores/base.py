@@ -6,9 +6,11 @@ Laws (``shardtool.testing.StoreContract`` checks them for every store):
 * an object is visible whole or not at all: nothing is visible before ``Writer.commit``;
 * an object has exactly the size it was created with, and 0 is a size;
 * an object is never changed in place: a second ``create`` of a key replaces it at commit, unless it is ``exclusive``;
-* of many exclusive writers of one key at most one commits; the others get ``AlreadyExists`` and change nothing;
+* of many exclusive writers of one key at most one commits; the others get ``AlreadyExists`` and change nothing (a
+  store that cannot promise it for writers that meet says so: ``conditional`` is False);
 * ``readinto`` fills the whole view or raises; an empty view is full already;
 * ``list`` yields whole keys in plain string order and nothing that is not committed;
+* what a killed writer left is seen by ``unfinished`` alone, and ``discard`` removes it;
 * every method may be called from many threads; one ``Writer`` is used by one thread at a time.
 
 ::
@@ -84,6 +86,30 @@ class Writer(ABC):
     def checksums(self) -> Mapping[str, str]:
         """After ``commit``: what ``Store.checksums`` will say of the object as it was written. Asks nobody."""
         return {}
+
+
+class WrappedWriter(Writer):
+    """A writer over another, which passes everything on."""
+
+    def __init__(self, inner: Writer) -> None:
+        self.unit = inner.unit
+        self.inner = inner
+
+    def write(self, offset: int, view: Buffer) -> None:
+        """Pass on."""
+        self.inner.write(offset, view)
+
+    def commit(self) -> None:
+        """Pass on."""
+        self.inner.commit()
+
+    def abort(self) -> None:
+        """Pass on."""
+        self.inner.abort()
+
+    def checksums(self) -> Mapping[str, str]:
+        """Pass on."""
+        return self.inner.checksums()
 
 
 class CheckedWriter(Writer):
@@ -163,6 +189,8 @@ class Store(ABC):
     """Whether bytes come over a network, so that ranks which want the same ones had better read them once."""
     conditional: bool = True
     """Whether of exclusive writers that meet at most one wins. Where a store cannot tell, the last one wins."""
+    writable: bool = True
+    """Whether anything can be written. Where not, ``create`` and ``delete`` are a ``UsageError``."""
 
     @abstractmethod
     def list(self, prefix: str = "") -> Iterator[Object]:
@@ -199,6 +227,9 @@ class Store(ABC):
         """Bytes of memory that the ``Writer`` of an object of ``size`` bytes takes for itself, to plan memory too."""
         return 0
 
+    def admit(self, key: str, size: int, begins: bytes) -> None:  # noqa: B027 - most stores keep whatever it is
+        """Raise ``UsageError`` where such an object, that begins so, cannot be kept: before anything is sent."""
+
     def reading(self, threads: int) -> int:
         """Bytes of memory that ``readinto`` takes for itself while so many threads are in it, to plan memory too."""
         return 0
@@ -218,9 +249,11 @@ class Store(ABC):
         """
         return iter(())
 
-    def discard(self, left: Unfinished) -> None:
-        """Remove what ``unfinished`` found; what is not there any more is not an error."""
-        raise UsageError(f"{self.locate(left.key)}: this store keeps nothing unfinished")
+    def discard(self, left: Unfinished) -> None:  # noqa: B027 - a store that leaves nothing need not override it
+        """Remove what ``unfinished`` found; what is not there any more is not an error.
+
+        If a writer was at work after all, its commit fails.
+        """
 
     @contextmanager
     def closed_on_failure(self) -> Iterator[Self]:
@@ -316,6 +349,7 @@ class Wrapper(Store):
         self.uri = inner.uri
         self.remote = inner.remote
         self.conditional = inner.conditional
+        self.writable = inner.writable
 
     def list(self, prefix: str = "") -> Iterator[Object]:
         """Pass on."""
@@ -348,6 +382,10 @@ class Wrapper(Store):
     def held(self, size: int) -> int:
         """Pass on."""
         return self.inner.held(size)
+
+    def admit(self, key: str, size: int, begins: bytes) -> None:
+        """Pass on."""
+        self.inner.admit(key, size, begins)
 
     def reading(self, threads: int) -> int:
         """Pass on."""

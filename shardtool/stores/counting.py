@@ -9,7 +9,7 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 
-from shardtool.stores.base import Buffer, Object, Store, Wrapper, Writer
+from shardtool.stores.base import Buffer, Object, Store, WrappedWriter, Wrapper, Writer
 
 
 class CountingStore(Wrapper):
@@ -79,20 +79,19 @@ class CountingStore(Wrapper):
             self.bytes_written += written
 
 
-class _CountingWriter(Writer):
+class _CountingWriter(WrappedWriter):
     def __init__(self, store: CountingStore, inner: Writer) -> None:
-        self.unit = inner.unit
+        super().__init__(inner)
         self._store = store
-        self._inner = inner
 
     def write(self, offset: int, view: Buffer) -> None:
-        self._inner.write(offset, view)
+        super().write(offset, view)
         self._store._count("write", memoryview(view).nbytes)
 
     def commit(self) -> None:
         self._store._count("commit")
-        self._inner.commit()
+        super().commit()
 
     def abort(self) -> None:
         self._store._count("abort")
-        self._inner.abort()
+        super().abort()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from shardtool.errors import FormatError, UsageError
-from shardtool.stores.base import Buffer, Object, Store, Wrapper, Writer, octets
+from shardtool.stores.base import Buffer, Object, Store, WrappedWriter, Wrapper, Writer, octets
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,12 +127,11 @@ class FaultyStore(Wrapper):
         return fault
 
 
-class _FaultyWriter(Writer):
+class _FaultyWriter(WrappedWriter):
     def __init__(self, store: FaultyStore, key: str, inner: Writer) -> None:
-        self.unit = inner.unit
+        super().__init__(inner)
         self._store = store
         self._key = key
-        self._inner = inner
 
     def write(self, offset: int, view: Buffer) -> None:
         data = octets(view)
@@ -142,17 +141,17 @@ class _FaultyWriter(Writer):
         elif isinstance(fault, Flip):
             data = octets(bytearray(data))
             _flip(data, fault.bit)
-        self._inner.write(offset, data)
+        super().write(offset, data)
         _raise_after(fault)
 
     def commit(self) -> None:
         fault = self._store._fault("commit", self._key)
-        self._inner.commit()
+        super().commit()
         _raise_after(fault)
 
     def abort(self) -> None:
         fault = self._store._fault("abort", self._key)
-        self._inner.abort()
+        super().abort()
         _raise_after(fault)
 
 

@@ -2,15 +2,12 @@
 
 ::
 
-    create ── sweep once ── <root>/.shardtool/tmp/<random>.tmp, locked and with its space reserved
+    create ── sweep once ── <root>/.shardtool/tmp/..., locked and with its space reserved
                  write* ──> pwrite; past the page cache if the file is large and the disk local (Output)
                 commit  ──> fsync ── rename over the key | link to it if exclusive ── fsync of the folder
                  abort  ──> unlink
 
     readinto ── a file opened before, if it is still the one at that path ── straight into the view (Reader)
-
-A temporary file is locked (``flock``) by the process that writes it, and the lock goes when the process does, however
-it ends. So what a killed process left behind is told from what another one is writing at this moment.
 """
 
 from __future__ import annotations
@@ -21,20 +18,20 @@ import errno
 import fcntl
 import mmap
 import os
-import secrets
 import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from shardtool.errors import AccessDenied, AlreadyExists, FormatError, NotFound, ShardtoolError, StoreError, UsageError
-from shardtool.stores.base import CheckedWriter, Object, Store, check_key, is_key, target
+from shardtool.stores import temporary
+from shardtool.stores.base import CheckedWriter, Object, Store, Unfinished, check_key, is_key, target
 from shardtool.stores.direct import BUFFER, MOST_AT_ONCE, Buffers, Output, Reader
 from shardtool.stores.files import DISKS, OpenFiles, expect_file, kind_of
 from shardtool.stores.residency import LIBRARY
 
 _PRIVATE = ".shardtool"
-_TEMPORARY = ".shardtool/tmp"
+_TEMPORARY = temporary.FOLDER
 
 # Bytes from which on a file is written past the page cache.
 _LARGE_FILE = 4 << 20
@@ -47,10 +44,6 @@ _NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 T = TypeVar("T")
-
-# Names of the temporary files that this process is writing. On some network file systems a process does not see its
-# own locks, and would sweep what another thread writes.
-_writing: set[str] = set()
 
 
 class LocalStore(Store):
@@ -121,11 +114,11 @@ class LocalStore(Store):
         except ValueError:
             raise FormatError(f"{self.locate(key)} is empty, so that there is nothing to borrow") from None
 
-    def create(self, key: str, size: int, *, exclusive: bool = False) -> _LocalWriter:
+    def create(self, key: str, size: int, *, exclusive: bool = False) -> LocalWriter:
         """Begin a file of exactly ``size`` bytes. Its space is reserved, so a full disk shows here where it can."""
         path = self._path(key)
         self._expect_inside(key)
-        return _LocalWriter(self, key, path, size, exclusive=exclusive)
+        return LocalWriter(self, key, path, size, exclusive=exclusive)
 
     def held(self, size: int) -> int:
         """The buffer in which a file that is written past the page cache gathers what is small."""
@@ -154,6 +147,17 @@ class LocalStore(Store):
             while folder != self._root:
                 os.rmdir(folder)
                 folder = os.path.dirname(folder)
+
+    def unfinished(self, prefix: str = "") -> Iterator[Unfinished]:
+        """The temporary files. The next writer sweeps those of dead processes of this machine anyway."""
+        return temporary.unfinished(os.path.join(self._root, _TEMPORARY), prefix)
+
+    def discard(self, left: Unfinished) -> None:
+        """Remove a temporary file. Who was writing it cannot commit it any more."""
+        if is_key(left.name) and "/" not in left.name:
+            with self._explained(left.key, writing=True), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                os.unlink(os.path.join(self._root, _TEMPORARY, left.name))
+            self._tidy()
 
     def close(self) -> None:
         """Close the files that are kept open for reading, and drop what was begun but neither committed nor aborted.
@@ -200,18 +204,18 @@ class LocalStore(Store):
             self._expect_root()
         return _translated(error, self.locate(key), writing=writing)
 
-    def _temporary(self) -> tuple[int, str]:
+    def _temporary(self, key: str) -> tuple[int, str]:
         """Open a new temporary file and lock it."""
         folder = os.path.join(self._root, _TEMPORARY)
         with self._sweeping:
             if not self._swept:
-                _sweep(folder)
+                temporary.sweep(folder)
                 self._swept = True
 
         def attempt() -> tuple[int, str] | None:
-            name = f"{secrets.token_hex(16)}.tmp"
+            name = temporary.new_name(key)
             path = os.path.join(folder, name)
-            _writing.add(name)
+            temporary.writing.add(name)
             self._begun.add(name)
             try:
                 _make_folders(folder)
@@ -236,7 +240,7 @@ class LocalStore(Store):
         with contextlib.suppress(OSError):
             os.unlink(os.path.join(self._root, _TEMPORARY, name))
         self._begun.discard(name)
-        _writing.discard(name)
+        temporary.writing.discard(name)
 
     def _tidy(self) -> None:
         """Remove the folders for temporary files if nobody uses them."""
@@ -245,7 +249,9 @@ class LocalStore(Store):
             os.rmdir(os.path.join(self._root, _PRIVATE))
 
 
-class _LocalWriter(CheckedWriter):
+class LocalWriter(CheckedWriter):
+    """Writes one file under a temporary name."""
+
     def __init__(self, store: LocalStore, key: str, path: str, size: int, *, exclusive: bool) -> None:
         super().__init__(store.locate(key), size)
         self._store = store
@@ -253,7 +259,7 @@ class _LocalWriter(CheckedWriter):
         self._path = path
         self._exclusive = exclusive
         with self._explained():
-            self._fd, self._temporary = store._temporary()
+            self._fd, self._temporary = store._temporary(key)
             self._buffer: memoryview | None = None
             self._output: Output | None = None
             try:
@@ -358,23 +364,6 @@ def _walk(folder: str, base: str, prefix: str, above: tuple[str, ...]) -> Iterat
             yield from _walk(os.path.join(folder, key[len(base) : -1]), key, prefix, (*above, real))
         else:
             yield Object(key, size, str(changed))
-
-
-def _sweep(folder: str) -> None:
-    """Remove the temporary files that no living process has locked. It is no harm if that cannot be done."""
-    try:
-        names = [name for name in os.listdir(folder) if name.endswith(".tmp") and name not in _writing]
-    except OSError:
-        return
-    for name in names:
-        path = os.path.join(folder, name)
-        with contextlib.suppress(OSError):
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.unlink(path)
-            finally:
-                os.close(fd)
 
 
 def _insistently(attempt: Callable[[], T | None]) -> T:

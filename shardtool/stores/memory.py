@@ -6,11 +6,15 @@ assignment. With ``unit`` it is as particular about slices as a multipart upload
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 
-from shardtool.errors import AlreadyExists, FormatError, NotFound, UsageError
-from shardtool.stores.base import CheckedWriter, Object, Store, check_key, target
+import xxhash
+
+from shardtool.errors import AlreadyExists, FormatError, NotFound, StoreError, UsageError
+from shardtool.stores.base import CheckedWriter, Object, Store, Unfinished, check_key, target
 
 
 class MemoryStore(Store):
@@ -22,6 +26,8 @@ class MemoryStore(Store):
         self.uri = uri
         self._unit = unit
         self._objects: dict[str, bytes] = {}
+        self._begun: dict[str, Unfinished] = {}
+        self._names = map(str, itertools.count())
         self._lock = threading.Lock()
 
     def list(self, prefix: str = "") -> Iterator[Object]:
@@ -61,17 +67,41 @@ class MemoryStore(Store):
         """The unit that this store was made with."""
         return self._unit
 
+    def checksums(self, key: str) -> Mapping[str, str]:
+        """One digest of the content."""
+        return _checksums(self._get(check_key(key)))
+
+    def unfinished(self, prefix: str = "") -> Iterator[Unfinished]:
+        """The objects of writers that have not ended, whether or not anybody still has them."""
+        with self._lock:
+            found = [left for left in self._begun.values() if left.key.startswith(prefix)]
+        return iter(sorted(found, key=lambda left: left.key))
+
+    def discard(self, left: Unfinished) -> None:
+        """Forget what a writer has begun; it cannot be committed any more."""
+        with self._lock:
+            self._begun.pop(left.name, None)
+
+    def _begin(self, key: str, size: int) -> str:
+        with self._lock:
+            name = next(self._names)
+            self._begun[name] = Unfinished(key, name, time.time(), size)
+            return name
+
     def _get(self, key: str) -> bytes:
         with self._lock:
             if key not in self._objects:
                 raise NotFound(f"{self.locate(key)} does not exist")
             return self._objects[key]
 
-    def _publish(self, key: str, data: bytes, *, exclusive: bool) -> None:
+    def _publish(self, key: str, name: str, data: bytes, *, exclusive: bool) -> None:
         with self._lock:
+            if name not in self._begun:
+                raise StoreError(f"what was written of {self.locate(key)} has been removed meanwhile: write it again")
             if exclusive and key in self._objects:
                 raise AlreadyExists(f"{self.locate(key)} exists already: delete it or choose another name")
             self._objects[key] = data
+            del self._begun[name]
 
 
 class _MemoryWriter(CheckedWriter):
@@ -81,16 +111,27 @@ class _MemoryWriter(CheckedWriter):
         self._key = key
         self._exclusive = exclusive
         self._data = bytearray()
+        self._whole = b""
+        self._name = store._begin(key, size)
 
     def _write(self, data: memoryview) -> None:
         self._data += data
 
     def _commit(self) -> None:
-        self._store._publish(self._key, bytes(self._data), exclusive=self._exclusive)
+        self._whole = bytes(self._data)
         self._data.clear()
+        self._store._publish(self._key, self._name, self._whole, exclusive=self._exclusive)
 
     def _abort(self) -> None:
         self._data.clear()
+        self._store.discard(Unfinished(self._key, self._name))
+
+    def checksums(self) -> Mapping[str, str]:
+        return _checksums(self._whole)
+
+
+def _checksums(data: bytes) -> dict[str, str]:
+    return {"xxh3_128": xxhash.xxh3_128_hexdigest(data)}
 
 
 _NAMED: dict[str, MemoryStore] = {}

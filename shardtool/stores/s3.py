@@ -1,72 +1,69 @@
-"""Objects of Amazon S3, or of a server that speaks its protocol, by way of boto3.
+"""Objects of Amazon S3, or of a server that speaks its protocol.
 
 ::
 
-    readinto ── GET of a range ── the body, piece by piece, into the view
-                  └── cut, throttled, silent: wait a little, then GET what is missing
-    create   ── up to 8 MiB:  gathered, one PUT           exclusive: with If-None-Match
-             ── larger:       one part for each slice, straight from the caller's memory
+    readinto ── ranged GETs over our own wire, straight into the view      stores.ranged
+    create   ── up to 8 MiB:  gathered, one PUT                            exclusive: with If-None-Match
+             ── larger:       parts of 8 MiB, several at a time, straight from the caller's memory
+    list, stat, delete, the beginning and the end of an upload ── boto3
 
 Endpoint, region and credentials are boto3's business (``AWS_PROFILE``, ``AWS_ENDPOINT_URL``, ...). Not every server is
-Amazon's, so nothing here rests on checksums, on ``If-Match`` or on conditions of a multipart upload: servers exist that
-send the checksum of the whole object with a part of it, or that ignore conditions.
+Amazon's, so nothing here rests on ``If-Match`` or on conditions of a multipart upload, and checksums are sent to those
+that know them: servers exist that send the checksum of the whole object with a part of it, or that ignore conditions.
 """
 
 from __future__ import annotations
 
-import io
-import random
-import secrets
+import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import cache, partial
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
-from shardtool.errors import AlreadyExists, NotFound, ShardtoolError, StoreError, Unavailable, UsageError
-from shardtool.stores.base import Buffer, CheckedWriter, Object, Store, check_key, is_key, octets, target
-from shardtool.stores.s3_errors import answer, translated
+from shardtool.errors import (
+    AccessDenied,
+    AlreadyExists,
+    FormatError,
+    NotFound,
+    ShardtoolError,
+    Unavailable,
+    UsageError,
+)
+from shardtool.stores.base import CheckedWriter, Object, Store, Unfinished, check_key, is_key, target
+from shardtool.stores.ranged import Remote, fill
+from shardtool.stores.retry import Again
+from shardtool.stores.s3_checksum import Checksum, best, kept
+from shardtool.stores.s3_client import NOTHING, Access, Client
+from shardtool.stores.s3_errors import Unsupported, redirected, refused, translated
+from shardtool.stores.s3_write import (
+    SMALL,
+    PartsWriter,
+    SmallWriter,
+    kept_of,
+    payload_of,
+    senders,
+    unit,
+)
+from shardtool.stores.wire import Answer
 
-_MIB = 1 << 20
-_SMALL = 8 * _MIB
-_EXCLUSIVE = 512 * _MIB  # only a single request can be made conditional everywhere
-_LEAST_PART = 5 * _MIB
-_LARGEST_PART = 4 << 30  # the protocol's limit is 5 GiB
-_PARTS = 9000  # the protocol's limit is 10,000
-_PIECE = _MIB // 4  # read from the connection at once: stays in the processor's cache
-_HASHED = 64 << 10
-_WRITER = "shardtool-writer"  # metadata by which a writer knows its own object again
+__all__ = ["Access", "S3Store"]
+
+_EXCLUSIVE = 512 << 20  # only a single request can be made conditional everywhere
+_SETTLED = 1.0  # seconds after which writers that met on a server without conditions look who was the last
+_PINNED = 100_000
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Access:
-    """How a server is reached, as far as boto3's settings shall not decide. Empty: they do.
-
-    ``unsigned``: ask as nobody, for buckets that are open to all. ``addressing``: ``path`` or ``virtual``, where the
-    bucket's name goes.
-    """
-
-    access_key_id: str | None = None
-    secret_access_key: str | None = field(default=None, repr=False)
-    session_token: str | None = field(default=None, repr=False)
-    region: str | None = None
-    endpoint: str | None = None
-    unsigned: bool = False
-    addressing: str | None = None
-
-    def __post_init__(self) -> None:
-        if (self.access_key_id is None) != (self.secret_access_key is None):
-            raise UsageError("the id of an access key and its secret belong together: give both or none")
 
 
 class S3Store(Store):
     """The objects below ``s3://bucket/prefix``.
 
     A request that fails in a way that may pass is tried ``attempts`` times, after waits that double from ``backoff``
-    seconds and are random, so that many readers do not come back at once. Each try may be up to three of botocore's.
+    seconds and are random, so that many readers do not come back at once. An object that was listed or looked at is
+    read in that version, or it is a ``StoreError``.
     """
 
     def __init__(self, uri: str, *, attempts: int = 5, backoff: float = 0.5, access: Access | None = None) -> None:
@@ -75,331 +72,367 @@ class S3Store(Store):
         if not uri.startswith("s3://") or not bucket:
             raise UsageError(f"{uri!r} names no bucket: write s3://bucket/folder")
         self.uri = f"s3://{bucket}/{prefix}" if prefix else f"s3://{bucket}"
+        self.pins = _Pins()
         self._bucket = bucket
         self._prefix = f"{check_key(prefix)}/" if prefix else ""
-        self._attempts = max(1, attempts)
-        self._backoff = backoff
-        self._client = _client(self.uri, attempts=min(3, self._attempts), access=access or Access())
+        attempts = max(1, attempts)
+        self._again = Again(attempts=attempts, backoff=backoff)
+        self._client = Client(self.uri, bucket, attempts=min(3, attempts), access=access or Access())
+        self._checksum: Checksum | None = best()
+        self._proven = self.amazon  # that conditions are heeded
 
     def list(self, prefix: str = "") -> Iterator[Object]:
         """The objects whose key starts with ``prefix``, asked for in pages; markers of empty folders are hidden."""
-        pages = self._client.get_paginator("list_objects_v2")
-        start = self._prefix + prefix
-        found = iter(pages.paginate(Bucket=self._bucket, Prefix=start))
-        while page := self._asked(self.locate(prefix), lambda: next(found, None)):
+        since = self.pins.since()
+        for page in self._pages(self.locate(prefix), "list_objects_v2", Prefix=self._prefix + prefix):
             for item in page.get("Contents", ()):
                 key = item["Key"].removeprefix(self._prefix)
                 if is_key(key):
+                    self.pins.keep(key, item.get("ETag", ""), since)
                     yield Object(key, item["Size"], item.get("ETag", ""))
 
     def stat(self, key: str) -> Object:
         """Raises ``NotFound`` where there is no such object."""
-        head = self._head(key)
-        return Object(key, head["ContentLength"], head.get("ETag", ""))
+        since = self.pins.since()
+        found = self.head(key)
+        self.pins.keep(key, found.get("ETag", ""), since)
+        return Object(key, found["ContentLength"], found.get("ETag", ""))
 
     def readinto(self, key: str, start: int, view: memoryview) -> None:
         """Fill ``view``; what a broken connection did not bring is asked for again, the rest is not."""
-        reading = _Reading(check_key(key), start, target(start, view))
-        failures = 0
-        while reading.done < len(reading.memory):
-            before = reading.done
-            try:
-                self._read_on(reading)
-            except Unavailable:
-                # A connection that brought something is not held against the server: another one will bring the rest.
-                failures = 1 if reading.done - before >= _MIB else failures + 1
-                if failures >= self._attempts:
-                    raise
-                self._wait(failures)
+        memory = target(start, view)
+        asking = _Asking(self, check_key(key), "GetObject")
+        remote = Remote(
+            where=asking.where,
+            request=lambda first, last: asking.request(Range=f"bytes={first}-{last}"),
+            refused=asking.refused,
+            version=_tag,
+            renewed=asking.renewed,
+            size=lambda: int(self.head(key)["ContentLength"]),
+        )
+        fill(self._client.wire, remote, start, memory, again=self._again, version=self.pins.of(key))
+
+    def get(self, key: str, *, limit: int) -> bytes:
+        """A small object whole, in one request: one version of it, whichever it is."""
+        asking = _Asking(self, check_key(key), "GetObject")
+
+        def ask(_: int) -> bytes:
+            with self._client.wire.open(asking.request(), where=asking.where) as reply:
+                if reply.status != 200:
+                    raise asking.refused(Answer(reply.status, reply.headers, reply.read(1 << 16), reply.url))
+                if reply.length is not None and reply.length > limit:
+                    raise FormatError(
+                        f"{asking.where} is {reply.length} bytes, more than the {limit} that such a file may have"
+                    )
+                return reply.read(limit)
+
+        return self._again.run(ask)
 
     def create(self, key: str, size: int, *, exclusive: bool = False) -> CheckedWriter:
         """Begin an object.
 
-        One over 8 MiB is uploaded in parts, or gathered in memory where it is ``exclusive``: up to 512 MiB.
-
-        Servers that ignore conditions exist. On those, two exclusive writers that meet may both win.
+        One over 8 MiB is uploaded in parts, or gathered in memory where it is ``exclusive``: up to 512 MiB. On servers
+        that ignore conditions, exclusive writers that meet look a moment later whose object is there; ``conditional``
+        is False once that is known.
         """
         check_key(key)
-        if size <= (_EXCLUSIVE if exclusive else _SMALL):
-            return _SmallWriter(self, key, size, exclusive=exclusive)
+        if size <= (_EXCLUSIVE if exclusive else SMALL):
+            return SmallWriter(self, key, size, exclusive=exclusive)
         if exclusive:
             raise UsageError(
                 f"{self.locate(key)} is {size} bytes, and only objects up to {_EXCLUSIVE} can be created "
                 f"exclusively in S3"
             )
-        return _PartsWriter(self, key, size)
+        return PartsWriter(self, key, size)
 
     def delete(self, key: str) -> None:
         """Remove an object; one that is not there is not an error."""
-        self._tried(key, "delete_object")
+        with self.pins.changing(key):
+            self.tried(key, "delete_object")
 
     def unit(self, size: int) -> int:
-        """0 for what goes in one request, otherwise the least part with which the parts suffice, in whole MiB."""
-        return 0 if size <= _SMALL else max(_LEAST_PART, -(-size // (_PARTS * _MIB)) * _MIB)
+        """0 for what goes in one request, otherwise the bytes of a part."""
+        return unit(size)
 
     def held(self, size: int) -> int:
         """What goes in one request is gathered in memory first."""
-        return size if size <= _SMALL else 0
+        return size if size <= SMALL else 0
+
+    def checksums(self, key: str) -> Mapping[str, str]:
+        """What the server keeps of an object: the checksum that it was sent with, if it keeps any, and its ETag."""
+        return kept(self.tried(key, "head_object", ChecksumMode="ENABLED"))
+
+    def unfinished(self, prefix: str = "") -> Iterator[Unfinished]:
+        """The uploads that were neither completed nor aborted."""
+        for page in self._pages(self.locate(prefix), "list_multipart_uploads", Prefix=self._prefix + prefix):
+            for item in page.get("Uploads", ()):
+                key = item["Key"].removeprefix(self._prefix)
+                if item["Key"].startswith(self._prefix) and is_key(key):
+                    size = self._uploaded(key, item["UploadId"])
+                    yield Unfinished(key, item["UploadId"], item["Initiated"].timestamp(), size)
+
+    def discard(self, left: Unfinished) -> None:
+        """Abort an upload that ``unfinished`` found."""
+        self.end_upload(left.key, left.name)
 
     def close(self) -> None:
         """Close the connections."""
+        if "senders" in self.__dict__:
+            self.senders.shutdown()
         self._client.close()
 
-    def _read_on(self, reading: _Reading) -> None:
-        """Ask for what is missing and take what comes."""
-        where = self.locate(reading.key)
-        first, last = reading.start + reading.done, reading.start + len(reading.memory) - 1
-        response = self._ask(reading.key, "get_object", Range=f"bytes={first}-{last}")
-        body = response["Body"]
-        try:
-            expected = reading.done + self._expect_range(reading, response)
-            while reading.done < expected:
-                piece = reading.memory[reading.done : min(reading.done + _PIECE, expected)]
-                count = self._asked(where, partial(body.readinto, piece))
-                if not count:
-                    raise Unavailable(f"the connection to the server of {where} ended early: try again")
-                reading.done += count
-        finally:
-            body.close()
+    # what the writers need
 
-    def _expect_range(self, reading: _Reading, response: dict[str, Any]) -> int:
-        """How many bytes to take. Some servers answer a range with 200, and some of those send the whole object."""
-        where = self.locate(reading.key)
-        missing = len(reading.memory) - reading.done
-        length: int = response.get("ContentLength", missing)
-        tag = response.get("ETag", "")
-        if not length:
-            raise Unavailable(f"the server of {where} sent an empty answer: try again")
-        if reading.tag not in ("", tag):
-            raise StoreError(f"{where} was replaced while it was read: start again")
-        reading.tag = tag
-        whole = response["ResponseMetadata"]["HTTPStatusCode"] == 200 and "ContentRange" not in response
-        if whole and reading.start + reading.done and length == self.stat(reading.key).size:
-            raise StoreError(
-                f"the server of {where} ignores which bytes are asked for: copy the files to a folder first"
-            )
-        return min(length, missing)
+    @property
+    def amazon(self) -> bool:
+        """Whether the server is Amazon's own."""
+        return self._client.amazon
 
-    def _head(self, key: str) -> dict[str, Any]:
-        return self._tried(key, "head_object")
+    @property
+    def tls(self) -> bool:
+        """Whether nobody on the way can read or change what is sent."""
+        return str(self._client.api.meta.endpoint_url).startswith("https://")
 
-    def _tried(self, key: str, operation: str, **request: Any) -> dict[str, Any]:
-        """A request that may be repeated, until it succeeds or the tries are used up."""
-        for failures in range(1, self._attempts):
-            try:
-                return self._ask(key, operation, **request)
-            except Unavailable:
-                self._wait(failures)
-        return self._ask(key, operation, **request)
+    @cached_property
+    def senders(self) -> ThreadPoolExecutor:
+        """Threads that send parts."""
+        return senders()
 
-    def _ask(self, key: str, operation: str, **request: Any) -> dict[str, Any]:
-        """One request, with shardtool's errors."""
-        call = getattr(self._client, operation)
+    def head(self, key: str) -> dict[str, Any]:
+        """What boto3 says of an object."""
+        found = self.tried(key, "head_object")
+        if "ContentLength" not in found:  # botocore takes what there is of a head that was cut
+            raise Unavailable(f"the server of {self.locate(key)} does not say how large it is: try again")
+        return found
+
+    def tried(self, key: str, operation: str, **request: Any) -> dict[str, Any]:
+        """A request of boto3 that may be repeated, until it succeeds or the tries are used up."""
         where = self.locate(check_key(key))
-        response: dict[str, Any] = self._asked(
-            where, lambda: call(Bucket=self._bucket, Key=self._prefix + key, **request)
+        given = {"Bucket": self._bucket, "Key": self._prefix + key, **request}
+        found: dict[str, Any] = self._again.run(
+            lambda _: self._asked(where, lambda api: getattr(api, operation)(**given))
         )
-        return response
+        return found
 
-    def _asked(self, where: str, call: Callable[[], T]) -> T:
-        from botocore.exceptions import BotoCoreError, ClientError
-        from urllib3.exceptions import HTTPError
+    def send(self, key: str, operation: str, body: memoryview, payload: str, **given: str | int) -> Answer:
+        """A PUT of the wire that may be repeated, until it succeeds or the tries are used up."""
+        asking = _Asking(self, key, operation)
+        return self._again.run(lambda _: asking.put(body, payload, **given))
 
+    def begin_upload(self, key: str, metadata: Mapping[str, str]) -> tuple[str, Checksum | None, bool]:
+        """The id of a new multipart upload, and the checksum that the server will verify of each part.
+
+        The last item tells whether it will verify and keep that of the whole, too.
+        """
+
+        def begin(checksum: Checksum | None) -> dict[str, Any]:
+            wanted = {"ChecksumAlgorithm": checksum.algorithm, "ChecksumType": "FULL_OBJECT"} if checksum else {}
+            return self.tried(key, "create_multipart_upload", Metadata=metadata, **wanted)
+
+        begun = self._with_checksum(begin)
+        if self._checksum is None or begun.get("ChecksumAlgorithm") != self._checksum.algorithm:
+            return begun["UploadId"], None, False
+        return begun["UploadId"], self._checksum, begun.get("ChecksumType") == "FULL_OBJECT"
+
+    def end_upload(self, key: str, upload: str) -> None:
+        """Abort a multipart upload; one that is not there is not an error."""
         try:
-            return call()
-        except (ClientError, BotoCoreError, HTTPError, OSError) as error:
-            raise translated(error, where) from error
+            self.tried(key, "abort_multipart_upload", UploadId=upload)
+        except NotFound:
+            return
 
-    def _wait(self, failures: int) -> None:
-        time.sleep(random.uniform(0.5, 1.0) * min(20.0, self._backoff * 2.0 ** (failures - 1)))
+    def put_whole(self, key: str, data: memoryview, *, exclusive: bool) -> dict[str, str]:
+        """One PUT; gives what the server keeps of the object."""
+        payload = payload_of(data, tls=self.tls, verified=False)
 
-    def _put_if_absent(self, key: str, data: Buffer) -> None:
-        """One PUT that replaces nothing; on servers that ignore the condition, unless another writer comes in between.
+        def put(checksum: Checksum | None) -> Answer:
+            given = checksum.given(checksum.of(data)) if checksum else {}
+            if exclusive:
+                return self._put_if_absent(key, data, payload, given)
+            return self.send(key, "PutObject", data, payload, **given)
+
+        return kept_of(self._with_checksum(put))
+
+    def _put_if_absent(self, key: str, data: memoryview, payload: str, given: dict[str, str]) -> Answer:
+        """One PUT that replaces nothing.
 
         When the answer to a PUT is lost, its repetition finds the object that it made itself. So after a repetition an
         object with the same content counts as ours.
         """
+        began = time.monotonic()
+        taken = AlreadyExists(f"{self.locate(key)} exists already: delete it or choose another name")
         if self.exists(key):
-            raise AlreadyExists(f"{self.locate(key)} exists already: delete it or choose another name")
-        repeated = False
-        for failures in range(1, self._attempts + 1):
+            raise taken
+        asking = _Asking(self, key, "PutObject")
+
+        def put(failures: int) -> Answer:
             try:
-                self._ask(key, "put_object", Body=data, IfNoneMatch="*")
-            except AlreadyExists as error:
-                repeated = repeated or answer(error.__cause__ or error)[2] > 0
-                if repeated and self.stat(key).size == len(data) and self.get(key, limit=len(data)) == data:
-                    return
-                raise
-            except Unavailable:
-                if failures == self._attempts:
-                    raise
-                repeated = True
-                self._wait(failures)
-            else:
-                return
-
-
-@dataclass(slots=True)
-class _Reading:
-    """How far a range has come."""
-
-    key: str
-    start: int
-    memory: memoryview
-    done: int = 0
-    tag: str = ""
-
-
-class _SmallWriter(CheckedWriter):
-    def __init__(self, store: S3Store, key: str, size: int, *, exclusive: bool) -> None:
-        super().__init__(store.locate(key), size)
-        self._store = store
-        self._key = key
-        self._exclusive = exclusive
-        self._data = bytearray(size)
-
-    def _write(self, data: memoryview) -> None:
-        self._data[self._written : self._written + len(data)] = data
-
-    def _commit(self) -> None:
-        if self._exclusive:
-            self._store._put_if_absent(self._key, self._data)
-        else:
-            self._store._tried(self._key, "put_object", Body=self._data)
-        self._data = bytearray()
-
-    def _abort(self) -> None:
-        self._data = bytearray()
-
-
-class _PartsWriter(CheckedWriter):
-    """A multipart upload. An upload whose abort fails stays behind, invisible, until the bucket's rules remove it."""
-
-    def __init__(self, store: S3Store, key: str, size: int) -> None:
-        super().__init__(store.locate(key), size, unit=store.unit(size))
-        self._store = store
-        self._key = key
-        self._mark = secrets.token_hex(16)
-        self._parts: list[dict[str, Any]] = []
-        upload = store._tried(key, "create_multipart_upload", Metadata={_WRITER: self._mark})
-        self._upload = {"UploadId": upload["UploadId"]}
-
-    def _write(self, data: memoryview) -> None:
-        count = -(-len(data) // _LARGEST_PART)
-        step = -(-len(data) // count)
-        for start in range(0, len(data), step):
-            number = len(self._parts) + 1
-            part = _Body(data[start : start + step])
-            answer = self._store._tried(self._key, "upload_part", Body=part, PartNumber=number, **self._upload)
-            self._parts.append({"PartNumber": number, "ETag": answer["ETag"]})
-
-    def _commit(self) -> None:
-        try:
-            self._store._tried(
-                self._key, "complete_multipart_upload", MultipartUpload={"Parts": self._parts}, **self._upload
-            )
-        except NotFound:
-            # When the answer is lost, the repetition finds no upload any more; the object then bears our mark.
-            if self._store._head(self._key)["Metadata"].get(_WRITER) != self._mark:
+                return asking.put(data, payload, IfNoneMatch="*", **given)
+            except AlreadyExists:
+                self._proven = True
+                if failures and self._holds(key, data):
+                    return Answer(200, {})
                 raise
 
-    def _abort(self) -> None:
+        answer = self._again.run(put)
+        if not self._proven:
+            self._prove(lambda: asking.put(data, payload, IfNoneMatch="*", **given))
+        if not self.conditional:
+            time.sleep(max(_SETTLED, 2 * (time.monotonic() - began)))
+            if not self._holds(key, data):
+                raise taken
+        return answer
+
+    def _prove(self, again: Callable[[], object]) -> None:
+        """Find out whether conditions are heeded: what was created a moment ago cannot be created once more."""
         try:
-            self._store._ask(self._key, "abort_multipart_upload", **self._upload)
+            again()
+        except AlreadyExists:
+            self._proven = True
         except ShardtoolError:
             return
+        else:
+            self._proven, self.conditional = True, False
+
+    def _holds(self, key: str, data: memoryview) -> bool:
+        """Whether an object has this content."""
+        try:
+            return self.get(key, limit=len(data)) == data
+        except (NotFound, FormatError):
+            return False
+
+    def _with_checksum(self, call: Callable[[Checksum | None], T]) -> T:
+        """Do without checksums on a server that does not know them."""
+        try:
+            return call(self._checksum)
+        except Unsupported:
+            if self.amazon or self._checksum is None:
+                raise
+            found = call(None)
+        self._checksum = None
+        return found
+
+    def _uploaded(self, key: str, upload: str) -> int:
+        """Bytes of an upload so far."""
+        pages = self._pages(self.locate(key), "list_parts", Key=self._prefix + key, UploadId=upload)
+        try:
+            return sum(part["Size"] for page in pages for part in page.get("Parts", ()))
+        except NotFound:
+            return 0
+
+    def _pages(self, where: str, operation: str, **request: Any) -> Iterator[dict[str, Any]]:
+        pages = self._client.api.get_paginator(operation)
+        found = iter(pages.paginate(Bucket=self._bucket, **request))
+        while page := self._asked(where, lambda _: next(found, None)):
+            if "IsTruncated" not in page:  # botocore takes an empty answer for an empty list
+                raise Unavailable(f"the server of {where} does not list what is there: try again")
+            yield page
+
+    def _asked(self, where: str, call: Callable[[Any], T]) -> T:
+        """What boto3 says, with shardtool's errors; once more where it was refused and has new credentials."""
+        from botocore.exceptions import BotoCoreError, ClientError
+        from urllib3.exceptions import HTTPError
+
+        renewed = False
+        while True:
+            seen = None
+            try:
+                seen = self._client.credentials()
+                return call(self._client.api)
+            except (ClientError, BotoCoreError, HTTPError, OSError) as error:
+                found = translated(error, where)
+                if renewed or not isinstance(found, AccessDenied) or not self._client.renew(seen):
+                    raise found from error
+                renewed = True
 
 
-class _Body(io.RawIOBase):
-    """Memory as a file that botocore can read, measure and rewind; small pieces are copied, never the whole."""
+class _Asking:
+    """One request of the wire and its repetitions."""
 
-    def __init__(self, data: memoryview) -> None:
-        self._data = data
-        self._at = 0
+    def __init__(self, store: S3Store, key: str, operation: str) -> None:
+        self.where = store.locate(key)
+        self._store = store
+        self._client = store._client
+        self._key = store._prefix + key
+        self._operation = operation
+        self._seen: Any = None
+        self._renewed = False
 
-    def readable(self) -> bool:
-        return True
+    def request(self, payload: str = NOTHING, **given: str | int) -> Any:
+        """The request, signed now."""
 
-    def seekable(self) -> bool:
-        return True
+        def made(_: Any) -> Any:
+            self._seen = self._client.credentials()
+            return self._client.request(self._operation, self._key, payload, **given)
 
-    def tell(self) -> int:
-        return self._at
+        return self._store._asked(self.where, made)
 
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._data)}[whence]
-        self._at = max(0, base + offset)
-        return self._at
+    def put(self, body: memoryview, payload: str, **given: str | int) -> Answer:
+        """Send it with its body."""
+        answer = self._client.wire.send(self.request(payload, **given), body, where=self.where)
+        if answer.status in (200, 201, 204):
+            return answer
+        raise self.refused(answer)
 
-    def readinto(self, buffer: Any) -> int:
-        memory = octets(buffer)
-        piece = self._data[self._at : self._at + len(memory)]
-        memory[: len(piece)] = piece
-        self._at += len(piece)
-        return len(piece)
+    def renewed(self) -> bool:
+        """Whether there are new credentials, for once."""
+        if self._renewed:
+            return False
+        self._renewed = True
+        return self._client.renew(self._seen)
 
-    def read(self, size: int = -1) -> bytes:
-        # Less than what was asked for: eight threads that hash megabytes at a time cost as many megabytes of heap.
-        piece = self._data[self._at :] if size < 0 else self._data[self._at : self._at + min(size, _HASHED)]
-        self._at += len(piece)
-        return bytes(piece)
-
-
-@cache
-def _models(path: str | None) -> Any:
-    """What botocore knows of its services, read once for all clients: 12 MiB."""
-    from botocore.loaders import create_loader
-
-    return create_loader(path)
+    def refused(self, answer: Answer) -> ShardtoolError:
+        """The error that an answer means. It may be tried again where credentials or the region are others now."""
+        if redirected(answer):
+            self._client.forget()
+            self._store._asked(self.where, lambda api: api.head_object(Bucket=self._store._bucket, Key=self._key))
+            return Unavailable(f"the bucket of {self.where} lies in another region: set AWS_REGION")
+        error = refused(answer, self.where)
+        if isinstance(error, AccessDenied) and self.renewed():
+            return Unavailable(f"{error}; there are new ones")
+        return error
 
 
-def _client(where: str, *, attempts: int, access: Access) -> Any:
-    """A client for many threads, as boto3's settings want it, but for what servers other than Amazon's stumble on."""
-    try:
-        import boto3.session
-        import botocore.session
-        from botocore.config import Config
-        from botocore.exceptions import BotoCoreError
-    except ModuleNotFoundError as error:
-        raise UsageError(f"{where} needs boto3: pip install boto3") from error
+class _Pins:
+    """In which version objects are to be read: the one that was seen last, until this process changes the object."""
 
-    def made(**settings: Any) -> Any:
-        if access.unsigned:
-            settings["signature_version"] = botocore.UNSIGNED
-        return session.client(
-            "s3",
-            endpoint_url=access.endpoint,
-            config=Config(
-                request_checksum_calculation="when_required",
-                response_checksum_validation="when_required",
-                retries={"mode": "standard", "total_max_attempts": attempts},
-                max_pool_connections=128,
-                connect_timeout=10,
-                read_timeout=60,
-                tcp_keepalive=True,
-                **settings,
-            ),
-        )
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._tags: dict[str, str] = {}
+        self._changing: Counter[str] = Counter()
+        self._changes = 0
 
-    try:
-        core = botocore.session.Session()
-        core.register_component("data_loader", _models(core.get_config_variable("data_path")))
-        session = boto3.session.Session(
-            access.access_key_id,
-            access.secret_access_key,
-            access.session_token,
-            region_name=access.region,
-            botocore_session=core,
-        )
-        if access.addressing:
-            return made(s3={"addressing_style": access.addressing})
-        client = made()
-        # A name such as bucket.localhost rarely resolves, so other servers find the bucket in the path.
-        host = urlsplit(client.meta.endpoint_url).hostname or ""
-        chosen = (client.meta.config.s3 or {}).get("addressing_style")
-        if chosen or host.endswith((".amazonaws.com", ".amazonaws.com.cn")):
-            return client
-        client.close()
-        return made(s3={"addressing_style": "path"})
-    except (BotoCoreError, ValueError) as error:
-        raise translated(error, where) from error
+    def since(self) -> int:
+        """The moment before something is looked at, for ``keep``."""
+        return self._changes
+
+    def keep(self, key: str, tag: str, since: int) -> None:
+        """What was seen of an object, unless this process has changed one meanwhile."""
+        with self._lock:
+            if since == self._changes and not self._changing[key] and len(self._tags) < _PINNED:
+                self._tags[key] = tag.strip('"')
+
+    def of(self, key: str) -> str:
+        """The version to read, or nothing."""
+        with self._lock:
+            return self._tags.get(key, "")
+
+    @contextmanager
+    def changing(self, key: str) -> Iterator[None]:
+        """While the block runs and after it no version of this object is known."""
+        with self._lock:
+            self._changes += 1
+            self._changing[key] += 1
+            self._tags.pop(key, None)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._changes += 1
+                self._changing[key] -= 1
+                if not self._changing[key]:
+                    del self._changing[key]
+
+
+def _tag(headers: Mapping[str, str]) -> str:
+    return headers.get("etag", "").strip('"')

@@ -1,4 +1,4 @@
-"""What the errors of boto3 mean: one place that turns them into shardtool's, with a sentence that says what to do.
+"""What errors of S3 servers and of boto3 mean: one place that makes them shardtool's, and says what to do.
 
 Amazon, Ceph, MinIO and the rest agree on status codes more than on names, so a name is looked at first where it says
 more than the status, and the status decides otherwise. The answer to a HEAD request has no body and thus only a status.
@@ -9,13 +9,16 @@ more than the status, and the status decides otherwise. The answer to a HEAD req
     no bucket, no object, 404        NotFound
     412                              AlreadyExists    (only asked for where an object must not exist)
     416                              FormatError      the object ends before the bytes that were asked for
-    throttling, 5xx, cut, silent     Unavailable      another try may help
+    throttling, 5xx, cut, silent     Unavailable      another try may help; Busy with the pause that the server asks for
+    another checksum than ours       Unavailable      the bytes were damaged on their way
+    not known to this server         Unsupported      a StoreError: it may do without
     a bad name, region or endpoint   UsageError
     the rest                         StoreError
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from shardtool.errors import (
@@ -28,32 +31,55 @@ from shardtool.errors import (
     Unavailable,
     UsageError,
 )
+from shardtool.stores.retry import Busy, retry_after
+from shardtool.stores.wire import Answer
 
+_CODE = re.compile(rb"<Code>([A-Za-z0-9._-]{1,100})</Code>")
 _THROTTLED = ("SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests")
 _PASSING = ("InternalError", "RequestTimeout", "ServiceUnavailable", "OperationAborted", "ConditionalRequestConflict")
+_DAMAGED = ("BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch")
+_UNKNOWN = ("NotImplemented", "InvalidRequest", "InvalidArgument")
+_REDIRECTED = ("PermanentRedirect", "TemporaryRedirect", "AuthorizationHeaderMalformed", "IncorrectEndpoint")
 _CREDENTIALS = ("ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "TokenRefreshRequired")
 
 
-def answer(error: BaseException) -> tuple[str, int, int]:
-    """The code, the HTTP status and the number of retries of a ``ClientError``; empty and 0 for other errors."""
-    response: dict[str, Any] = getattr(error, "response", None) or {}
-    about = response.get("ResponseMetadata", {})
-    return (
-        str(response.get("Error", {}).get("Code", "")),
-        int(about.get("HTTPStatusCode", 0)),
-        int(about.get("RetryAttempts", 0)),
-    )
+class Unsupported(StoreError):
+    """The server does not know what a request asks for."""
 
 
 def translated(error: BaseException, where: str) -> ShardtoolError:
     """The error of shardtool that an error of boto3, or of the network under it, means for ``where``."""
     from botocore.exceptions import ClientError
 
-    return _of_answer(error, where) if isinstance(error, ClientError) else _of_client(error, where)
+    if not isinstance(error, ClientError):
+        return _of_client(error, where)
+    response: dict[str, Any] = dict(error.response)
+    about = response.get("ResponseMetadata", {})
+    code, status = str(response.get("Error", {}).get("Code", "")), int(about.get("HTTPStatusCode", 0))
+    return _of_answer(code, status, where, detail=str(error))
 
 
-def _of_answer(error: BaseException, where: str) -> ShardtoolError:
-    code, status, _ = answer(error)
+def refused(answer: Answer, where: str) -> ShardtoolError:
+    """The error that an answer of the wire means for ``where``."""
+    code = code_of(answer)
+    error = _of_answer(code, answer.status, where, detail=f"the server says {answer.status} {code}".rstrip())
+    if isinstance(error, Unavailable) and (pause := retry_after(answer.headers)):
+        return Busy(str(error), after=pause)
+    return error
+
+
+def redirected(answer: Answer) -> bool:
+    """Whether an answer says that the bucket lies in another region."""
+    return answer.status in (301, 302, 307, 308) or code_of(answer) in _REDIRECTED
+
+
+def code_of(answer: Answer) -> str:
+    """The name that an answer gives to what is wrong, or nothing."""
+    found = _CODE.search(answer.body)
+    return found[1].decode() if found else ""
+
+
+def _of_answer(code: str, status: int, where: str, detail: str) -> ShardtoolError:
     bucket = "/".join(where.split("/")[:3])
     said = f"the server says {code or status}"
     match code, status:
@@ -67,7 +93,7 @@ def _of_answer(error: BaseException, where: str) -> ShardtoolError:
             return AccessDenied(f"the credentials for {where} are not valid ({said}): renew or correct them")
         case name, _ if name in _THROTTLED or status == 429:
             return Unavailable(f"{where} is asked for too often ({said}): try again later or with fewer readers")
-        case name, _ if name in _PASSING or status >= 500:
+        case name, _ if name in _PASSING or (status >= 500 and status != 501):
             return Unavailable(f"{where} could not be served at this moment ({said}): try again")
         case _, 401 | 403:
             return AccessDenied(
@@ -80,8 +106,12 @@ def _of_answer(error: BaseException, where: str) -> ShardtoolError:
             return AlreadyExists(f"{where} exists already: delete it or choose another name")
         case _, 416:
             return FormatError(f"{where} ends before the bytes that were asked for")
+        case name, _ if name in _DAMAGED:
+            return Unavailable(f"the bytes of {where} were damaged on their way ({said}): try again")
+        case name, _ if name in _UNKNOWN or status == 501:
+            return Unsupported(f"{where} failed: {detail}")
         case _:
-            return StoreError(f"{where} failed: {error}")
+            return StoreError(f"{where} failed: {detail}")
 
 
 def _of_client(error: BaseException, where: str) -> ShardtoolError:

@@ -7,7 +7,7 @@ on the same memory the one with the smallest name is kept, a tensor inside a lar
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -15,12 +15,35 @@ from shardtool.tracing.tape import META, Log, Ref
 
 
 def kept(log: Log, state: Mapping[str, torch.Tensor]) -> tuple[dict[str, Ref], dict[str, str]]:
-    """The tensors that are stored, and for each other name the one that has its memory."""
+    """The tensors of a trace that are stored, and for each other name the one that has its memory."""
+    return stored(
+        (name, log.ref(tensor) if tensor.device == META else log.real(tensor))
+        for name, tensor in state.items()
+        if tensor.numel()
+    )
+
+
+def of_model(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a model in memory that are stored."""
+    refs = (
+        (name, Ref(_place(tensor), int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride(), tensor.dtype))
+        for name, tensor in state.items()
+        if tensor.numel()
+    )
+    return {name: state[name] for name in stored(refs)[0]}
+
+
+def _place(tensor: torch.Tensor) -> int:
+    """A number for a tensor's storage. Those of the meta device have no address."""
+    storage = tensor.untyped_storage()
+    return storage._cdata if tensor.is_meta else storage.data_ptr()
+
+
+def stored(views: Iterable[tuple[str, Ref]]) -> tuple[dict[str, Ref], dict[str, str]]:
+    """The views that are stored, and for each other name the one that has its memory."""
     groups: dict[int, list[tuple[str, Ref]]] = {}
-    for name, tensor in state.items():
-        if tensor.numel():
-            ref = log.ref(tensor) if tensor.device == META else log.real(tensor)
-            groups.setdefault(ref.storage, []).append((name, ref))
+    for name, ref in views:
+        groups.setdefault(ref.storage, []).append((name, ref))
     found: dict[str, Ref] = {}
     aliases: dict[str, str] = {}
     for group in groups.values():

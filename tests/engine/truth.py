@@ -168,10 +168,10 @@ def _has_answer(pipe: Any) -> bool:
 
 def _serve(rank: int, world: World, port: int, pipe: Any) -> None:
     """Be a rank: join the others, then load model after model until the pipe closes."""
-    _quieten(rank, world)
+    quieten(rank, world)
     started = ""
     try:
-        _join(rank, world, port)
+        join(rank, world, port)
     except Exception as error:
         started = _sentence(error)
     with contextlib.suppress(EOFError):
@@ -188,7 +188,8 @@ def _serve(rank: int, world: World, port: int, pipe: Any) -> None:
             pipe.send(answer)
 
 
-def _quieten(rank: int, world: World) -> None:
+def quieten(rank: int, world: World) -> None:
+    """Let the process say nothing, and have the environment of a rank."""
     os.environ.update(ENVIRONMENT)
     size = str(world.tp * world.pp)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
@@ -197,7 +198,8 @@ def _quieten(rank: int, world: World) -> None:
     os.dup2(silence, 2)
 
 
-def _join(rank: int, world: World, port: int) -> None:
+def join(rank: int, world: World, port: int) -> None:
+    """Join the other ranks."""
     from tests.engine import stubs
 
     stubs.install()
@@ -239,7 +241,7 @@ def _load(model: str, world: World, folder: str) -> str:
     config = engine_config(model, world)
     with (
         contextlib.suppress(_Saved),
-        _instead(base_loader, "process_weights_after_loading", save),
+        instead(base_loader, "process_weights_after_loading", save),
         set_current_vllm_config(config),
     ):
         get_model_loader(config.load_config).load_model(vllm_config=config, model_config=config.model_config)
@@ -247,7 +249,8 @@ def _load(model: str, world: World, folder: str) -> str:
 
 
 @contextlib.contextmanager
-def _instead(room: Any, name: str, thing: Any) -> Iterator[None]:
+def instead(room: Any, name: str, thing: Any) -> Iterator[None]:
+    """Another thing under a name of a module."""
     before = getattr(room, name)
     setattr(room, name, thing)
     try:

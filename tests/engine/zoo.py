@@ -255,12 +255,13 @@ def make(architecture: str, variant: str, folder: Path) -> Path:
     if not (place / "config.json").exists():
         unfinished = place.with_name(place.name + ".part")
         shutil.rmtree(unfinished, ignore_errors=True)
-        _save(architecture, wanted, unfinished)
+        save(architecture, wanted, unfinished)
         unfinished.rename(place)
     return place
 
 
-def _save(architecture: str, wanted: Mapping[str, Any], place: Path) -> None:
+def save(architecture: str, wanted: Mapping[str, Any], place: Path) -> None:
+    """Save a checkpoint of these settings, with random weights in bfloat16 and a tokenizer."""
     import torch
     from transformers import GenerationConfig
 

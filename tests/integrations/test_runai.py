@@ -525,9 +525,8 @@ def test_a_copy_never_leaves_its_folder(bucket, s3_server, tmp_path):
 def test_what_cannot_be_copied_is_a_value_error(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         pull_files(str(tmp_path / "none"), str(tmp_path / "to"))
-    for uri in ("gs://bucket/x", "az://bucket/x"):
-        with pytest.raises(ValueError, match="no store knows addresses like"):
-            pull_files(uri, str(tmp_path / "to"))
+    with pytest.raises(ValueError, match="no store knows addresses like"):
+        pull_files("nosuch://bucket/x", str(tmp_path / "to"))
 
 
 # Models in a bucket.

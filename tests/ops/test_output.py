@@ -14,6 +14,8 @@ import shardtool
 from shardtool.checkpoint import open_checkpoint
 from shardtool.errors import PlanError
 from shardtool.ops import output
+from shardtool.ops.job import Summary
+from shardtool.stores.memory import MemoryStore
 from tests.builders import config, contents, model, put, tensors
 
 FILES = model(config(), tensors(config()), files=2)
@@ -161,3 +163,44 @@ def test_a_second_run_puts_back_missing_side_files_and_leaves_edited_ones(source
     assert again.written == 0
     assert (out / "tokenizer.json").read_bytes() == FILES["tokenizer.json"]
     assert (out / "config.json").read_text() == "{}"
+
+
+# Where engines list an object store
+
+
+class Bucket(MemoryStore):
+    """Memory that engines list as they list S3."""
+
+    def __init__(self) -> None:
+        super().__init__("s3://bucket/llama")
+
+
+def cautions(summary: Summary) -> list[str]:
+    return [note for note in summary.notes if "s3://bucket/llama" in note]
+
+
+def test_a_thousand_objects_are_more_than_vllm_lists(source: str):
+    store = Bucket()
+    shardtool.save(source, store, tp=2)
+    own = len(list(store.list()))
+    for number in range(1000 - own):
+        store.put(f"notes/{number}.txt", b"")
+    (note,) = cautions(shardtool.save(source, store, tp=2, overwrite=True, dry_run=True))
+    assert note.startswith("s3://bucket/llama will hold 1000 objects: vLLM lists 1000 of a place and ignores the rest")
+    store.delete("notes/0.txt")
+    assert cautions(shardtool.save(source, store, tp=2, overwrite=True)) == []
+
+
+def test_what_engines_would_read_as_a_shard_is_named(source: str):
+    store = Bucket()
+    store.put("old/model-rank-0-part-0.safetensors", b"x")
+    store.put("old/notes.txt", b"x")
+    (note,) = cautions(shardtool.save(source, store, tp=2, overwrite=True, dry_run=True))
+    assert note.startswith("s3://bucket/llama/old/model-rank-0-part-0.safetensors is not of this checkpoint")
+
+
+def test_a_folder_is_listed_whole(source: str, out: Path):
+    (out / "old").mkdir(parents=True)
+    (out / "old" / "model-rank-0-part-0.safetensors").write_bytes(b"x")
+    summary = shardtool.save(source, out, tp=2, overwrite=True)
+    assert not [note for note in summary.notes if "engines" in note]

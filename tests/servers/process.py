@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +29,9 @@ def free_port() -> int:
 
 def program(name: str, package: str) -> str:
     """The path of a program. Where it is missing the test is skipped, which CI does not let pass."""
-    found = shutil.which(name, path=os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin")))
+    beside = os.path.dirname(sys.executable)
+    folders = (beside, os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin")
+    found = shutil.which(name, path=os.pathsep.join(folders))
     if found is None:
         pytest.skip(f"{name} is not installed: {package}")
     return found

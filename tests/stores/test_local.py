@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -24,7 +25,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from shardtool.errors import AccessDenied, AlreadyExists, NotFound, ShardtoolError, StoreError, UsageError
 from shardtool.stores import local
-from shardtool.stores.base import Object, Store, Writer
+from shardtool.stores.base import Object, Store, Unfinished, Writer
 from shardtool.stores.files import Kind, kind_of
 from shardtool.stores.local import LocalStore
 from shardtool.stores.memory import MemoryStore
@@ -459,6 +460,57 @@ def test_a_killed_writer_leaves_nothing_to_see_and_is_swept_up(
         assert len(list(tmp_path.rglob("*.tmp"))) == 1
         store.put("other", b"x")
         assert files(tmp_path) == ["other"]
+
+
+def test_what_a_killed_writer_left_is_known_by_its_key_and_its_age(
+    tmp_path: Path, half_written: subprocess.Popen[str]
+) -> None:
+    (folder,) = tmp_path.rglob("tmp")
+    (path,) = folder.iterdir()
+    hour = time.time() - 3600
+    os.utime(path, (hour, hour))
+    with LocalStore(tmp_path) as store:
+        (living,) = store.unfinished()
+        assert abs(living.since - time.time()) < 60  # whoever writes still has it locked
+        half_written.send_signal(signal.SIGKILL)
+        half_written.wait()
+        (dead,) = store.unfinished()
+        assert dead == Unfinished("model.bin", path.name, dead.since, dead.size)
+        assert abs(dead.since - hour) < 1
+        assert path.exists()  # looking sweeps nothing
+        store.discard(dead)
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["left.tmp", f"{'0' * 32}-Li4vYQ.tmp", f"{'0' * 32}-!.tmp", f"{'0' * 32}.tmp"])
+def test_a_temporary_file_that_does_not_tell_its_key_goes_by_its_own_name(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / ".shardtool" / "tmp"
+    folder.mkdir(parents=True)
+    (folder / name).write_bytes(b"x")
+    (folder / "notes.txt").write_bytes(b"x")
+    (left,) = LocalStore(tmp_path).unfinished()
+    assert (left.key, left.name, left.size) == (f".shardtool/tmp/{name}", name, 1)
+
+
+def test_a_key_that_is_too_long_to_be_told_is_written_all_the_same(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    key = "/".join(["folder" * 20] * 3)
+    writer = store.create(key, 1)
+    (left,) = store.unfinished()
+    assert left.key == f".shardtool/tmp/{left.name}"
+    writer.write(0, b"x")
+    writer.commit()
+    assert store.exists(key)
+
+
+@pytest.mark.parametrize("name", ["../../a", "/etc/passwd", "", ".."])
+def test_nothing_is_discarded_elsewhere(tmp_path: Path, name: str) -> None:
+    store = LocalStore(tmp_path)
+    store.put("a", b"x")
+    store.create("b", 1)
+    store.discard(Unfinished("a", name))
+    assert store.exists("a")
+    store.close()
 
 
 def test_what_a_living_process_writes_is_left_alone(tmp_path: Path, half_written: subprocess.Popen[str]) -> None:

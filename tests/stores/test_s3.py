@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 import socket
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,6 +22,8 @@ MIB = 1 << 20
 
 class TestS3Store(StoreContract):
     """Every law holds in a folder of a bucket that has other objects too."""
+
+    gaps = frozenset({"age"})  # moto says of every upload that it began in 2010
 
     @pytest.fixture
     def store(self, bucket: str, s3_server: S3Server) -> Iterator[S3Store]:
@@ -144,7 +148,7 @@ def test_a_server_that_does_not_answer_is_unavailable(bucket: str, monkeypatch: 
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
         with (
             S3Store(f"s3://{bucket}", attempts=1) as store,
-            pytest.raises(Unavailable, match=r"cannot be reached .*AWS_ENDPOINT_URL"),
+            pytest.raises(Unavailable, match="cannot be reached"),
         ):
             store.readinto("a", 0, memoryview(bytearray(1)))
 
@@ -252,8 +256,8 @@ def test_a_missing_object_is_asked_for_once(far: S3Store, trouble: Trouble) -> N
 
 
 def test_an_answer_of_another_kind_is_told_as_it_is(far: S3Store, trouble: Trouble) -> None:
-    trouble.refused, trouble.status, trouble.code = 1, 400, "AuthorizationHeaderMalformed"
-    with pytest.raises(StoreError, match="AuthorizationHeaderMalformed"):
+    trouble.refused, trouble.status, trouble.code = 1, 400, "InvalidURI"
+    with pytest.raises(StoreError, match="InvalidURI"):
         read(far, "a", 0, 1)
 
 
@@ -277,19 +281,41 @@ def test_a_server_that_ignores_ranges_is_found_out(far: S3Store, trouble: Troubl
             read(far, "a", start, size)
 
 
-def test_an_object_replaced_between_two_tries_is_noticed(far: S3Store, trouble: Trouble) -> None:
+def test_an_object_replaced_between_two_tries_is_noticed(
+    far: S3Store, trouble: Trouble, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Half of one object and half of another must not be taken for one."""
     far.put("a", bytes(2 * MIB))
     trouble.cuts, trouble.cut_after = 1, MIB
-    ask = far._wait
+    waits: list[float] = []
 
-    def replace(failures: int) -> None:
-        far.put("a", b"x" * (2 * MIB))
-        ask(failures)
+    def replace(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 1:
+            far.put("a", b"x" * (2 * MIB))
 
-    far._wait = replace  # type: ignore[method-assign]  # the moment between two tries
+    monkeypatch.setattr("shardtool.stores.retry.time", SimpleNamespace(sleep=replace, monotonic=time.monotonic))
     with pytest.raises(StoreError, match="replaced while it was read"):
         read(far, "a", 0, 2 * MIB)
+
+
+@pytest.mark.parametrize("look", [lambda store: list(store.list("")), lambda store: store.stat("a")])
+def test_an_object_is_read_in_the_version_that_was_seen(
+    store: S3Store, s3_server: S3Server, look: Callable[[S3Store], object]
+) -> None:
+    """Ranges of one checkpoint come from one version of its files, until somebody looks again."""
+    bucket = store.uri.removeprefix("s3://")
+    store.put("a", b"old")
+    look(store)
+    assert read(store, "a", 0, 1) == b"o"
+    s3_server.client.put_object(Bucket=bucket, Key="a", Body=b"new")
+    with pytest.raises(StoreError, match="replaced while it was read"):
+        read(store, "a", 1, 1)
+    assert store.get("a", limit=3) == b"new"
+    look(store)
+    assert read(store, "a", 1, 1) == b"e"
+    store.put("a", b"our")
+    assert read(store, "a", 1, 1) == b"u"
 
 
 # Writing
@@ -297,7 +323,7 @@ def test_an_object_replaced_between_two_tries_is_noticed(far: S3Store, trouble: 
 
 def test_the_size_decides_how_an_object_is_uploaded(store: S3Store) -> None:
     """Up to 8 MiB in one request with any slices; above in parts, of which there may not be too many."""
-    for size, unit in ((0, 0), (8 * MIB, 0), (8 * MIB + 1, 5 * MIB), (45_000 * MIB, 5 * MIB), (45_001 * MIB, 6 * MIB)):
+    for size, unit in ((0, 0), (8 * MIB, 0), (8 * MIB + 1, 8 * MIB), (72_000 * MIB, 8 * MIB), (72_001 * MIB, 9 * MIB)):
         writer = store.create("a", size)
         writer.abort()
         assert writer.unit == unit
@@ -313,7 +339,7 @@ def test_a_large_object_cannot_be_exclusive(store: S3Store) -> None:
 def test_an_abort_leaves_no_parts_behind(store: S3Store, s3_server: S3Server) -> None:
     bucket = store.uri.removeprefix("s3://")
     writer = store.create("a", 20 * MIB)
-    writer.write(0, bytes(6 * MIB))
+    writer.write(0, bytes(8 * MIB))
     assert uploads(s3_server, bucket) == 1
     writer.abort()
     assert uploads(s3_server, bucket) == 0
@@ -447,7 +473,7 @@ def test_what_is_open_to_all_is_read_as_nobody(nowhere, s3_server):
 @pytest.mark.parametrize(("addressing", "where"), [(None, "path"), ("path", "path"), ("virtual", "virtual")])
 def test_the_bucket_goes_where_it_is_said(addressing, where):
     with S3Store("s3://bucket/x", access=Access(endpoint="http://127.0.0.1:9", addressing=addressing)) as store:
-        assert store._client.meta.config.s3["addressing_style"] == where
+        assert store._client.api.meta.config.s3["addressing_style"] == where
 
 
 @pytest.mark.parametrize("half", [{"access_key_id": "test-key"}, {"secret_access_key": "test-secret"}])

@@ -1,0 +1,286 @@
+"""One connection to a server: a socket that knows how long to wait, with TLS and by way of a proxy if need be.
+
+::
+
+    connect ── TCP ── CONNECT to the proxy's server ── TLS ── Link
+    Link    ── receive, send    never silent for longer than ``silence``, never slower than ``floor``, never past a
+                                deadline: all three are a ``TimeoutError``
+
+``http.client`` takes a ``Link`` for its socket. It closes sockets before bodies are read; a ``Link`` is closed by
+``shut`` alone, so that whoever lent it decides.
+"""
+
+from __future__ import annotations
+
+import http.client
+import io
+import math
+import select
+import socket
+import ssl
+import time
+from base64 import b64encode
+from contextlib import suppress
+from dataclasses import dataclass, field
+from urllib.parse import unquote, urlsplit
+
+from shardtool.errors import AccessDenied, StoreError, Unavailable, UsageError
+
+_SENT = 1 << 20  # offered to the kernel at once, so that an early answer is noticed
+_AHEAD = 4096
+_AT_ONCE = 0.05  # seconds
+_READ = select.POLLIN | select.POLLHUP | select.POLLERR
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How long a server may take, in seconds: to take a connection, and to say nothing.
+
+    ``floor``: bytes per second below which an answer or an upload is given up, counted over ``silence`` seconds of
+    waiting; 0 for none. So ``n`` bytes never hold a thread for longer than about ``n / floor + 2 * silence`` seconds.
+    """
+
+    connect: float = 10.0
+    silence: float = 60.0
+    floor: int = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Proxy:
+    """A proxy: where it is, and the value of ``Proxy-Authorization`` or nothing."""
+
+    host: str
+    port: int
+    credentials: str = field(default="", repr=False)
+
+    @classmethod
+    def of(cls, address: str) -> Proxy:
+        """What an address such as ``http://user:password@proxy:3128`` says; the scheme may be left out."""
+        try:
+            parts = urlsplit(address if "://" in address else f"http://{address}")
+            host, port = parts.hostname, parts.port or 80
+        except ValueError:
+            host = None
+        if not host or parts.scheme != "http":
+            raise UsageError("the proxy that the environment names is not an http:// address: correct HTTPS_PROXY")
+        credentials = ""
+        if parts.username is not None:
+            pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+            credentials = f"Basic {b64encode(pair.encode()).decode()}"
+        return cls(host, port, credentials)
+
+
+class Link:
+    """A connection. One thread uses it at a time."""
+
+    def __init__(self, connected: socket.socket, pace: Pace) -> None:
+        self.reused = False
+        self.quiet_since = 0.0
+        self.clean = True
+        self.ended = False
+        self.patient = True
+        self._socket = connected
+        self._pace = pace
+        self._ahead = bytearray()
+        self._deadline = math.inf
+        self._waited = 0.0
+        self._moved = 0
+        self._timeout = -1.0
+
+    def expect(self, within: float | None = None) -> None:
+        """Begin to measure anew. With ``within``, all that counts is that everything is over after so many seconds."""
+        self._deadline = math.inf if within is None else time.monotonic() + within
+        self._waited, self._moved = 0.0, 0
+
+    def receive(self, view: memoryview) -> int:
+        """The next bytes into ``view``: at least one, or 0 where the server has closed the connection."""
+        if self._ahead:
+            count = min(len(view), len(self._ahead))
+            view[:count] = self._ahead[:count]
+            del self._ahead[:count]
+            return count
+        before = time.monotonic()
+        self._wait_at_most(before)
+        count = self._records(view, before) if isinstance(self._socket, ssl.SSLSocket) else self._socket.recv_into(view)
+        self.ended = not count
+        self._moved += count
+        self._count(time.monotonic() - before)
+        return count
+
+    def send(self, data: memoryview) -> bool:
+        """Send everything, unless the server answers before: then False, and the answer can be received."""
+        sent, poll = 0, select.poll()
+        poll.register(self._socket, select.POLLIN | select.POLLOUT)
+        self._socket.settimeout(0)
+        self._timeout = 0.0
+        while sent < len(data):
+            before = time.monotonic()
+            ready = poll.poll(self._pace.silence * 1000)
+            if not ready:
+                raise TimeoutError("it takes no more bytes")
+            if ready[0][1] & _READ and self._answered():
+                return False
+            if ready[0][1] & select.POLLOUT:
+                with suppress(BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
+                    count = self._socket.send(data[sent : sent + _SENT])
+                    sent += count
+                    self._moved += count
+            self._count(time.monotonic() - before)
+        return True
+
+    def ready(self) -> bool:
+        """Whether there are bytes to receive, or the end, as far as can be told at once."""
+        if self._ahead:
+            return True
+        return self._socket.pending() > 0 if isinstance(self._socket, ssl.SSLSocket) else self.stale()
+
+    def stale(self) -> bool:
+        """Whether an idle connection has been closed by the server, or says what nobody has asked for."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(0))
+
+    def shut(self) -> None:
+        """Close the connection."""
+        self._socket.close()
+
+    # what http.client wants of a socket
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        """The received bytes as a file."""
+        assert mode == "rb"
+        return io.BufferedReader(_Received(self))
+
+    def sendall(self, data: bytes | bytearray | memoryview) -> None:
+        """Send all of it, such as the head of a request."""
+        self._wait_at_most(time.monotonic())
+        self._socket.sendall(data)
+
+    def close(self) -> None:
+        """Nothing: see ``shut``."""
+
+    def _wait_at_most(self, now: float) -> None:
+        left = self._pace.silence if self._deadline == math.inf else self._deadline - now
+        if left <= 0:
+            raise TimeoutError("it takes too long")
+        if left != self._timeout:
+            self._socket.settimeout(left)
+            self._timeout = left
+
+    def _records(self, view: memoryview, before: float) -> int:
+        """As much as comes at once. TLS gives 16 KiB at a time, too little to come back here for each of them."""
+        assert isinstance(self._socket, ssl.SSLSocket)
+        read, count = self._socket.read, 0
+        while count < len(view) and time.monotonic() - before < _AT_ONCE:
+            try:
+                got = read(len(view) - count, view[count:])  # type: ignore[arg-type]
+            except OSError:
+                if not count:
+                    raise
+                break  # what came is kept; the next call meets the error again
+            if not got:
+                break
+            count += got
+        return count
+
+    def _count(self, waited: float) -> None:
+        """A connection that trickles is as good as a silent one."""
+        self._waited += waited
+        if self._waited > self._pace.silence and self._deadline == math.inf:
+            if self._moved < self._pace.floor * self._waited:
+                raise TimeoutError(f"only {self._moved} bytes in {self._waited:.0f} seconds")
+            self._waited, self._moved = 0.0, 0
+
+    def _answered(self) -> bool:
+        """Whether the server has said something; what TLS says to itself does not count."""
+        try:
+            said = self._socket.recv(_AHEAD)
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return False
+        if not said:
+            raise ConnectionResetError("it closed the connection")
+        self._ahead += said
+        return True
+
+
+class _Received(io.RawIOBase):
+    def __init__(self, link: Link) -> None:
+        self._link = link
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int | None:  # type: ignore[override]
+        if not self._link.patient and not self._link.ready():
+            return None
+        return self._link.receive(memoryview(buffer))
+
+
+def connect(
+    host: str, port: int, pace: Pace, *, where: str, tls: ssl.SSLContext | None = None, tunnel: Proxy | None = None
+) -> Link:
+    """A new connection to a server: with TLS if a context is given, through a proxy's CONNECT if one is given.
+
+    An ``OSError`` where there is none; a server that cannot be trusted is a ``StoreError``, a proxy that refuses an
+    ``AccessDenied``. ``where`` is what people are told that they asked for.
+    """
+    at = (tunnel.host, tunnel.port) if tunnel else (host, port)
+    connected = socket.create_connection(at, timeout=pace.connect)
+    try:
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name in ("TCP_KEEPIDLE", "TCP_KEEPINTVL"):
+            if option := getattr(socket, name, 0):
+                connected.setsockopt(socket.IPPROTO_TCP, option, 30)
+        if tunnel:
+            _through(connected, tunnel, host, port, pace, where)
+        if tls:
+            connected.settimeout(pace.connect)
+            connected = _trusted(connected, tls, host, where)
+    except BaseException:
+        connected.close()
+        raise
+    return Link(connected, pace)
+
+
+def _through(connected: socket.socket, proxy: Proxy, host: str, port: int, pace: Pace, where: str) -> None:
+    """Ask a proxy to connect to the server."""
+    link = Link(connected, pace)
+    link.expect(pace.connect + pace.silence)
+    server = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    asked = http.client.HTTPConnection(proxy.host, proxy.port)
+    asked.auto_open = 0
+    asked.sock = link
+    asked.putrequest("CONNECT", server, skip_host=True, skip_accept_encoding=True)
+    asked.putheader("Host", server)
+    if proxy.credentials:
+        asked.putheader("Proxy-Authorization", proxy.credentials)
+    asked.endheaders()
+    response = asked.getresponse()
+    said = f"the proxy {proxy.host}:{proxy.port} says {response.status} to a connection for {where}"
+    response.close()
+    if response.status in (401, 403, 407):
+        raise AccessDenied(f"{said}: check its user and password in HTTPS_PROXY, and whether it allows this server")
+    if response.status >= 500:
+        raise Unavailable(f"{said}: try again")
+    if not 200 <= response.status < 300:
+        raise StoreError(f"{said}: check HTTPS_PROXY")
+
+
+def _trusted(connected: socket.socket, tls: ssl.SSLContext, host: str, where: str) -> ssl.SSLSocket:
+    """Speak TLS from here on."""
+    try:
+        return tls.wrap_socket(connected, server_hostname=host)
+    except ssl.SSLCertVerificationError as error:
+        text = error.verify_message.rstrip(".") or "its certificate is not valid"
+        raise StoreError(
+            f"the server of {where} cannot be trusted ({text}): if its authority is your own, name its certificate in"
+            " SSL_CERT_FILE"
+        ) from error
+    except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
+        raise
+    except ssl.SSLError as error:
+        text = (error.reason or "TLS failed").replace("_", " ").lower()
+        raise StoreError(
+            f"the server of {where} does not speak TLS as it should ({text}): check the address"
+        ) from error

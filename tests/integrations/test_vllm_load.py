@@ -1,0 +1,438 @@
+"""A checkpoint of any kind into a rank's model: the nearest way that fits, every byte right, nothing read in vain.
+
+The models are plain modules whose tensors are those of shards that ``save`` wrote; that these are vLLM's own is tested
+in ``tests/engine``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import shardtool
+from shardtool.checkpoint import open_checkpoint, read_header
+from shardtool.dtypes import DType
+from shardtool.errors import (
+    BudgetTooSmall,
+    ChecksumMismatch,
+    Incomplete,
+    NotFound,
+    PlanError,
+    TensorMismatch,
+    UsageError,
+)
+from shardtool.integrations import vllm_load
+from shardtool.integrations.vllm_load import Rank, Report, difference, tied, unfilled
+from shardtool.integrations.vllm_options import Options
+from shardtool.layouts.base import Parallel
+from shardtool.ops.slices import opened
+from shardtool.stores import open_store
+from tests.builders import Files, config, flipped, model, put, random, safetensors, tensors
+from tests.integrations.modules import Cutter, Tree, digests, empty, poisoned
+from tests.layouts import classic, mixtures
+
+HEADER = 64 << 10
+"""Bytes that are read of a file for its header, or all of a shorter file."""
+VERSION = "0.32.0"
+
+
+def source(family: str, **said: Any) -> Files:
+    """A tiny Hugging Face checkpoint."""
+    if family == "llama":
+        made = config(**said)
+        return model(made, tensors(made), files=3)
+    made = mixtures.config(family, **said)
+    return model(made, mixtures.tensors(made), files=3)
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``llama``, ``tied``, ``qwen3_moe``, ``gpt_oss`` and ``deepseek_v3`` with shards at several sizes."""
+    made = tmp_path_factory.mktemp("shelf")
+    for name, files in {
+        "llama": source("llama"),
+        "tied": source("llama", tie_word_embeddings=True, vocab_size=101),
+        "qwen3_moe": source("qwen3_moe"),
+        "gpt_oss": source("gpt_oss"),
+        "deepseek_v3": source("deepseek_v3"),
+    }.items():
+        put(made / name, files)
+        for tp in (1, 2, 4):
+            shardtool.save(made / name, made / f"{name}-tp{tp}", tp=tp)
+    shardtool.save(made / "llama", made / "llama-pp2", tp=2, pp=2)
+    shardtool.save(made / "llama", made / "llama-0.24", tp=4, engine_version="0.24")
+    shardtool.save(made / "qwen3_moe", made / "qwen3_moe-ep2", tp=2, expert_parallel=True)
+    return made
+
+
+def loaded(into: torch.nn.Module, uri: Any, tp: int, rank: int, pp: int = 1, ep: bool = False, **said: Any) -> Report:
+    """Load a rank's module."""
+    options = Options(**{key: said.pop(key) for key in list(said) if key in Options.__slots__})
+    named = {"engine_version": VERSION, **said}
+    return vllm_load.load(into, uri, Rank(Parallel(tp, pp, ep), rank), options, **named)
+
+
+def same(into: torch.nn.Module, shards: Any, rank: int) -> bool:
+    """Whether a module holds what a rank of some shards does."""
+    return digests(into.state_dict().items()) == digests(shardtool.stream(shards, rank=rank))
+
+
+# The rank's own files.
+
+
+@pytest.mark.parametrize("name", ["llama", "tied", "qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_a_rank_reads_its_own_files_and_no_others(shelf: Path, name: str):
+    shards = shelf / f"{name}-tp2"
+    for rank in range(2):
+        into = empty(shards, rank)
+        report = loaded(into, shards, 2, rank)
+        assert same(into, shards, rank)
+        assert (report.way, report.why) == ("own", "")
+        size = (shards / f"model-rank-{rank}-part-0.safetensors").stat().st_size
+        held = sum(tensor.nbytes for tensor in into.state_dict().values())
+        assert report.nbytes == held <= report.read <= size + min(size, HEADER)
+
+
+def test_pipeline_stages_are_ranks_too(shelf: Path):
+    shards = shelf / "llama-pp2"
+    for rank in range(4):
+        into = empty(shards, rank)
+        assert loaded(into, shards, 2, rank, pp=2).way == "own"
+        assert same(into, shards, rank)
+
+
+def test_a_tensor_under_two_names_is_filled_once(shelf: Path):
+    """As an engine's model has them: the head is the embedding."""
+    found = poisoned(shardtool.load(shelf / "tied-tp2", rank=1))
+    into = Tree(found | {"model.embed_tokens.weight": found["lm_head.weight"]})
+    assert loaded(into, shelf / "tied-tp2", 2, 1).tensors == len(found)
+    state = into.state_dict()
+    assert state["model.embed_tokens.weight"].data_ptr() == state["lm_head.weight"].data_ptr()
+    del state["model.embed_tokens.weight"]
+    assert digests(state.items()) == digests(shardtool.stream(shelf / "tied-tp2", rank=1))
+
+
+def test_shards_without_a_manifest_are_loaded_too(shelf: Path, tmp_path: Path):
+    """Those that an engine wrote itself: nothing is checked but names, shapes and types."""
+    for name in ("config.json", *(f"model-rank-{rank}-part-0.safetensors" for rank in range(2))):
+        (tmp_path / name).write_bytes((shelf / "llama-tp2" / name).read_bytes())
+    into = empty(shelf / "llama-tp2", 1)
+    assert loaded(into, tmp_path, 2, 1).way == "own"
+    assert same(into, shelf / "llama-tp2", 1)
+    into = empty(shelf / "llama-tp4", 3)
+    assert loaded(into, tmp_path, 4, 3).way == "cut"
+    assert same(into, shelf / "llama-tp4", 3)
+
+
+def test_a_pattern_names_shards_that_have_no_manifest(shelf: Path, tmp_path: Path):
+    (tmp_path / "config.json").write_bytes((shelf / "llama-tp2" / "config.json").read_bytes())
+    for rank in range(2):
+        data = (shelf / "llama-tp2" / f"model-rank-{rank}-part-0.safetensors").read_bytes()
+        (tmp_path / f"r{rank}.safetensors").write_bytes(data)
+    into = empty(shelf / "llama-tp2", 0)
+    assert loaded(into, tmp_path, 2, 0, pattern="r{rank}.safetensors").way == "own"
+    assert same(into, shelf / "llama-tp2", 0)
+    with pytest.raises(UsageError, match="leave it out"):
+        loaded(into, shelf / "llama-tp2", 2, 0, pattern="r{rank}.safetensors")
+
+
+# Files that were cut otherwise.
+
+
+@pytest.mark.parametrize("name", ["llama", "tied", "qwen3_moe", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize(("stored", "tp"), [(4, 2), (1, 2), (2, 4)])
+def test_shards_of_other_sizes_are_cut_on_the_way(shelf: Path, name: str, stored: int, tp: int, verify: bool):
+    """Only the ranges that are needed are read: whole chunks where they are checked."""
+    uri, shards = shelf / f"{name}-tp{stored}", shelf / f"{name}-tp{tp}"
+    heads = sum(min(path.stat().st_size, HEADER) for path in uri.rglob("*.safetensors"))
+    for rank in (0, tp - 1):
+        into = empty(shards, rank)
+        report = loaded(into, uri, tp, rank, verify=verify)
+        assert same(into, shards, rank)
+        assert report.way == "cut"
+        with opened(uri, tp=tp, rank=rank, verify=verify) as plan:
+            assert report.read == plan.to_read() + heads
+
+
+def test_stages_are_joined_and_parted(shelf: Path):
+    into = empty(shelf / "llama-tp2", 1)
+    assert loaded(into, shelf / "llama-pp2", 2, 1).way == "cut"
+    assert same(into, shelf / "llama-tp2", 1)
+    into = empty(shelf / "llama-pp2", 3)
+    assert loaded(into, shelf / "llama-tp4", 2, 3, pp=2).way == "cut"
+    assert same(into, shelf / "llama-pp2", 3)
+
+
+def test_slices_of_experts_become_whole_experts_and_back(shelf: Path):
+    into = empty(shelf / "qwen3_moe-ep2", 1)
+    assert loaded(into, shelf / "qwen3_moe-tp4", 2, 1, ep=True).way == "cut"
+    assert same(into, shelf / "qwen3_moe-ep2", 1)
+    into = empty(shelf / "qwen3_moe-tp4", 2)
+    assert loaded(into, shelf / "qwen3_moe-ep2", 4, 2).way == "cut"
+    assert same(into, shelf / "qwen3_moe-tp4", 2)
+
+
+@pytest.mark.parametrize(("family", "cut"), [("llama", {"layout": "sglang"}), ("gpt_neox", {"engine_version": "0.24"})])
+def test_the_names_of_another_engine_or_version_are_translated(tmp_path: Path, family: str, cut: dict[str, Any]):
+    """By the table of the version that runs, from what the manifest knows of each tensor: only ranges are read."""
+    made = config() if family == "llama" else classic.config(family)
+    held = tensors(made) if family == "llama" else classic.tensors(family, made)
+    put(tmp_path / "model", model(made, held))
+    shardtool.save(tmp_path / "model", tmp_path / "other", tp=4, **cut)
+    shardtool.save(tmp_path / "model", tmp_path / "wanted", tp=2, engine_version="0.32")
+    into = empty(tmp_path / "wanted", 1)
+    assert into.state_dict().keys() != shardtool.load(tmp_path / "other", rank=1).keys()
+    report = loaded(into, tmp_path / "other", 2, 1)
+    assert report.way == "cut"
+    assert same(into, tmp_path / "wanted", 1)
+
+
+def test_the_same_names_of_another_version_are_taken_as_they_are(shelf: Path):
+    shards = shelf / "llama-0.24"
+    into = empty(shards, 2)
+    assert loaded(into, shards, 4, 2).way == "own"
+    assert same(into, shards, 2)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.sampled_from(["llama-tp2", "llama-tp4", "llama"]),
+    st.sampled_from([0, "1MiB", None, -1]),
+    st.sampled_from([None, 1, 5]),
+)
+def test_whatever_the_means(shelf: Path, uri: str, limit: Any, concurrency: int | None):
+    into = Cutter(shelf / "llama-tp2", 1)
+    report = loaded(into, shelf / uri, 2, 1, memory_limit=limit, concurrency=concurrency)
+    assert report.way == {"llama-tp2": "own", "llama-tp4": "cut", "llama": "fed"}[uri]
+    assert same(into, shelf / "llama-tp2", 1)
+
+
+# Whole tensors.
+
+
+@pytest.mark.parametrize("name", ["llama", "tied", "qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_a_models_own_loader_gets_the_tensors_of_a_checkpoint(shelf: Path, name: str):
+    into = Cutter(shelf / f"{name}-tp2", 1)
+    report = loaded(into, shelf / name, 2, 1)
+    assert report.way == "fed"
+    assert sorted(into.names) == sorted(open_checkpoint(shelf / name).entries())
+    assert same(into, shelf / f"{name}-tp2", 1)
+
+
+@pytest.mark.parametrize("name", ["llama", "tied", "qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_a_version_that_no_table_knows_gets_them_from_shards(shelf: Path, name: str):
+    """The files have other names: the manifest says what they are made of, and every source tensor comes as it was."""
+    uri = shelf / f"{name}-tp4"
+    into = Cutter(shelf / f"{name}-tp2", 0)
+    into.add_module("new", Tree({"name": torch.zeros(3)}))  # of which no table knows
+    wanted = digests(shardtool.stream(shelf / name))
+    got: dict[str, str] = {}
+
+    def take(weights: Any) -> set[str]:
+        kept = list(weights)
+        got.update(digests(kept))
+        return into.cut(kept) | {"new.name"}
+
+    into.instead = take
+    report = loaded(into, uri, 2, 0, engine_version="0.99.1")
+    assert report.way == "fed"
+    assert "'new.name' is missing" in report.why
+    assert "made for vllm 0.32" in report.why
+    assert got == wanted
+    del into._modules["new"]
+    assert same(into, shelf / f"{name}-tp2", 0)
+
+
+def test_tensors_that_the_engine_will_make_itself_go_through_its_own_loader(shelf: Path):
+    """Online quantization: a parameter has no memory before its whole tensor comes."""
+    into = Cutter(shelf / "llama-tp2", 0)
+    into.get_submodule("model.norm").weight = torch.nn.Parameter(torch.empty(32, device="meta"), requires_grad=False)
+    seen: list[str] = []
+    into.instead = lambda weights: seen.extend(dict(weights))
+    report = loaded(into, shelf / "llama-tp2", 2, 0)
+    assert (report.way, "model.norm.weight" in seen) == ("fed", True)
+    assert "'model.norm.weight' itself" in report.why
+
+
+def test_what_a_loader_leaves_is_read_to_its_end(shelf: Path):
+    """A model may stop before the last tensor; it has to say that it has all of its own."""
+    into = Cutter(shelf / "llama-tp2", 0)
+    into.instead = lambda weights: {next(iter(weights))[0]}
+    with pytest.raises(TensorMismatch, match=r"has nothing for 'model.* of Cutter in vLLM 0.32.0 and 21 more of"):
+        loaded(into, shelf / "llama", 2, 0)
+    into.instead = lambda weights: None
+    assert loaded(into, shelf / "llama", 2, 0).way == "fed"  # it does not say
+    into.instead = lambda weights: set()
+    assert loaded(into, shelf / "llama", 2, 0, quantized=True).way == "fed"
+
+
+def test_parameters_are_filled_under_any_of_their_names():
+    one, other = torch.zeros(3), torch.zeros(3)
+    into = Tree({"a.x": one, "b.x": one, "c": other, "none": torch.zeros(0)})
+    assert unfilled(into, {"b.x"}) == ["c"]
+    assert unfilled(into, {"c"}) == ["a.x"]
+    assert unfilled(into, {"a.x", "c", "more"}) == []
+
+
+# What is refused.
+
+
+def test_what_is_missing_foreign_or_unlike_is_named(shelf: Path):
+    """Before a byte of the model is written."""
+    shards = shelf / "llama-tp2"
+    found = poisoned(shardtool.load(shards, rank=0))
+    del found["model.norm.weight"]
+    found["model.layers.0.more"] = torch.zeros(3)
+    found["lm_head.weight"] = found["lm_head.weight"].float()
+    into = Tree(found)
+    before = digests(into.state_dict().items())
+    with pytest.raises(TensorMismatch) as error:
+        loaded(into, shards, 2, 0)
+    assert str(error.value) == (
+        f"{shards}, made for vllm 0.32: the tensors of rank 0 of tp 2 are not those of Tree in vLLM 0.32.0: "
+        "'model.layers.0.more' is missing; 'model.norm.weight' is foreign to the model; 'lm_head.weight' is "
+        "torch.bfloat16 [64, 32] there and torch.float32 [64, 32] in the model"
+    )
+    assert digests(into.state_dict().items()) == before
+
+
+def test_a_difference_is_one_clause_for_each_kind():
+    state = {"a": torch.zeros(2, 3), "b": torch.zeros(2), "c": torch.zeros(2)}
+    assert difference([(name, DType.F32, tuple(t.shape)) for name, t in state.items()], state) == ""
+    assert difference([], state) == "'a' and 2 more are missing"
+    entries = [("a", DType.F32, (3, 2)), ("b", DType.F16, (2,)), ("c", DType.F32, (2,)), ("d", DType.F32, (1,))]
+    assert difference(entries, state) == (
+        "'d' is foreign to the model; 'a' is torch.float32 [3, 2] there and torch.float32 [2, 3] in the model, and 1 "
+        "more differ"
+    )
+
+
+def test_another_model_is_refused_by_what_differs(shelf: Path):
+    into = Cutter(shelf / "qwen3_moe-tp2", 0)
+    with pytest.raises(TensorMismatch, match=r"llama-tp2, made for vllm 0.32: .* are missing; .* foreign to the model"):
+        loaded(into, shelf / "llama-tp2", 2, 0)
+
+
+def test_a_loaders_own_error_becomes_a_sentence(shelf: Path):
+    into = Cutter(shelf / "llama-tp2", 0)
+
+    def refuse(weights: Any) -> None:
+        next(weights)
+        raise ValueError("There is no module named 'x'\nin the model")
+
+    into.instead = refuse
+    with pytest.raises(
+        TensorMismatch, match=r"Cutter of vLLM 0.32.0 does not take .*llama: ValueError: There is no module named 'x'$"
+    ):
+        loaded(into, shelf / "llama", 2, 0)
+
+
+def copy(shelf: Path, name: str, to: Path) -> Path:
+    """The files of a folder, to be damaged."""
+    for path in (shelf / name).rglob("*"):
+        if path.is_file():
+            put(to, {str(path.relative_to(shelf / name)): path.read_bytes()})
+    return to
+
+
+@pytest.mark.parametrize(("tp", "rank"), [(2, 1), (4, 2)])
+def test_a_corrupted_shard_is_refused_with_its_tensor(shelf: Path, tmp_path: Path, tp: int, rank: int):
+    shards = copy(shelf, "llama-tp2", tmp_path / "shards")
+    file = shards / "model-rank-1-part-0.safetensors"
+    name = "model.layers.0.mlp.down_proj.weight"
+    (entry,) = [
+        one for one in read_header(open_store(str(shards)), file.name, file.stat().st_size).entries if one.name == name
+    ]
+    file.write_bytes(flipped(file.read_bytes(), entry.offset + 5))
+    into = empty(shelf / f"llama-tp{tp}", rank)
+    with pytest.raises(ChecksumMismatch, match=f"model-rank-1-part-0.safetensors.*{name}"):
+        loaded(into, shards, tp, rank)
+    assert loaded(into, shards, tp, rank, verify=False).way in ("own", "cut")
+    if tp == 2:
+        assert loaded(empty(shelf / "llama-tp2", 0), shards, 2, 0).way == "own"  # whose files are as they were
+
+
+@pytest.mark.parametrize(("tp", "rank"), [(2, 1), (4, 0)])
+def test_a_missing_part_is_named(shelf: Path, tmp_path: Path, tp: int, rank: int):
+    shards = copy(shelf, "llama-tp2", tmp_path / "shards")
+    (shards / "model-rank-1-part-0.safetensors").unlink()
+    with pytest.raises(Incomplete, match=r"model-rank-1-part-0.safetensors is missing"):
+        loaded(empty(shelf / f"llama-tp{tp}", rank), shards, tp, rank)
+
+
+def test_a_tensor_that_a_part_lacks_is_named(shelf: Path, tmp_path: Path):
+    """Without a manifest only the names can tell."""
+    for rank in range(2):
+        held = {f"t{i}": random((4, 3), "F32", i) for i in range(3 - rank)}
+        put(tmp_path, {f"model-rank-{rank}-part-0.safetensors": safetensors(held)})
+    into = Tree({f"t{i}": torch.zeros(4, 3) for i in range(3)})
+    assert loaded(into, tmp_path, 2, 0).way == "own"
+    with pytest.raises(TensorMismatch, match=r"rank 1 of tp 2 are not those of Tree in vLLM 0.32.0: 't2' is missing"):
+        loaded(into, tmp_path, 2, 1)
+
+
+def test_an_impossible_size_is_refused_by_its_reason(shelf: Path):
+    with pytest.raises(PlanError, match="3"):
+        loaded(empty(shelf / "llama-tp2", 0), shelf / "llama-tp2", 3, 0)
+
+
+def test_nothing_there_and_no_way_to_take_it(shelf: Path, tmp_path: Path):
+    into = empty(shelf / "llama-tp2", 0)
+    with pytest.raises(NotFound):
+        loaded(into, tmp_path / "nowhere", 2, 0)
+    with pytest.raises(UsageError, match=r"Tree of vLLM 0.32.0 takes no whole tensors: save shards"):
+        loaded(into, shelf / "llama", 2, 0)
+    cutter = Cutter(shelf / "llama-tp2", 0)
+    cutter.secondary_weights = (tmp_path,)
+    with pytest.raises(UsageError, match=r"takes weights of .* besides, .* use --load-format auto"):
+        loaded(cutter, shelf / "llama", 2, 0)
+
+
+def test_a_limit_that_is_too_small_says_what_would_do(shelf: Path):
+    with pytest.raises(BudgetTooSmall, match="would do"):
+        loaded(empty(shelf / "llama-tp2", 0), shelf / "llama-tp2", 2, 0, memory_limit=1000)
+
+
+# Whether the embedding is the head.
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [("llama-tp2", False), ("tied-tp2", True), ("llama", False), ("tied", None), ("llama-pp2", False)],
+)
+def test_a_checkpoint_says_whether_its_head_is_the_embedding(shelf: Path, uri: str, said: bool | None):
+    assert tied(open_checkpoint(shelf / uri)) is said
+
+
+def test_a_head_of_its_own_despite_the_config(tmp_path: Path):
+    """The source's config.json says tied, its head differs: the shards' amendment counts."""
+    made = config(tie_word_embeddings=True)
+    held = tensors(config())
+    put(tmp_path / "model", model(made, held))
+    shardtool.save(tmp_path / "model", tmp_path / "shards", tp=2)
+    assert tied(open_checkpoint(tmp_path / "shards")) is False
+    assert tied(open_checkpoint(tmp_path / "model")) is False
+    into = empty(tmp_path / "shards", 0)
+    assert loaded(into, tmp_path / "shards", 2, 0).way == "own"
+
+
+@pytest.mark.parametrize(("name", "said"), [("llama", False), ("tied", None)])
+def test_shards_without_a_manifest_show_it_by_their_names(shelf: Path, tmp_path: Path, name: str, said: bool | None):
+    for path in (shelf / f"{name}-tp2").glob("model-rank-*"):
+        put(tmp_path, {path.name: path.read_bytes()})
+    assert tied(open_checkpoint(tmp_path)) is said
+
+
+def test_a_report_is_one_line(shelf: Path):
+    report = loaded(empty(shelf / "llama-tp2", 1), shelf / "llama-tp4", 2, 1)
+    assert "\n" not in str(report)
+    assert str(report).startswith(f"rank 1 of tp 2: {report.tensors} tensors (")
+    assert "ranges of files that were cut otherwise" in str(report)
+    assert json.dumps(report.why) == '""'

@@ -1,0 +1,87 @@
+"""A Ceph cluster of this machine: a monitor, an OSD that keeps everything in memory, the gateway that speaks S3."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.servers.process import free_port, program, running
+
+KEY, SECRET = "ceph-key", "ceph-secret"  # those of the only user
+_PACKAGES = "apt-get install radosgw ceph-mon ceph-osd"
+_SETTINGS = """
+[global]
+fsid = {fsid}
+mon host = v1:127.0.0.1:{mon}
+mon initial members = a
+public addr = 127.0.0.1
+cluster addr = 127.0.0.1
+auth cluster required = none
+auth service required = none
+auth client required = none
+auth allow insecure global id reclaim = false
+osd pool default size = 1
+osd pool default min size = 1
+mon allow pool size one = true
+osd crush chooseleaf type = 0
+osd pool default pg num = 8
+osd pool default pg autoscale mode = off
+mon max pg per osd = 2000
+run dir = {folder}/run
+admin socket = {folder}/run/$name.asok
+log file = {folder}/log/$name.log
+pid file = {folder}/run/$name.pid
+osd objectstore = memstore
+memstore device bytes = 4294967296
+osd data = {folder}/osd
+mon data = {folder}/mon
+mon data avail warn = 1
+mon data avail crit = 1
+ms bind ipv6 = false
+[client.rgw.a]
+rgw frontends = beast endpoint=127.0.0.1:{port}
+rgw dns name = localhost
+rgw thread pool size = 32
+rgw multipart min part size = 5242880
+"""
+
+
+@contextmanager
+def gateway() -> Iterator[int]:
+    """A cluster until the block ends; gives the port of its gateway. Ready after a quarter of a minute."""
+    tools = ("monmaptool", "ceph-mon", "ceph", "ceph-osd", "radosgw-admin", "radosgw")
+    at = {name: program(name, _PACKAGES) for name in tools}
+    with tempfile.TemporaryDirectory(prefix="ceph-") as folder, ExitStack() as processes:
+        for name in ("mon", "osd", "run", "log"):
+            Path(folder, name).mkdir()
+        cluster, port, mon = str(uuid.uuid4()), free_port(), free_port()
+        settings = Path(folder, "ceph.conf")
+        settings.write_text(_SETTINGS.format(fsid=cluster, mon=mon, port=port, folder=folder))
+        with_settings = ("-c", str(settings))
+
+        def run(tool: str, *words: str) -> None:
+            done = subprocess.run([at[tool], *words], capture_output=True, text=True, timeout=100, check=False)
+            if done.returncode:
+                pytest.fail(f"{tool} {' '.join(words)} failed:\n{done.stderr[-3000:]}")
+
+        def start(tool: str, listens: int, *words: str) -> None:
+            processes.enter_context(running([at[tool], *with_settings, "-f", *words], listens))
+
+        members = f"{folder}/monmap"
+        run("monmaptool", "--create", "--fsid", cluster, "--addv", "a", f"[v1:127.0.0.1:{mon}]", members)
+        run("ceph-mon", *with_settings, "-i", "a", "--mkfs", "--monmap", members)
+        start("ceph-mon", mon, "-i", "a")
+        disk = str(uuid.uuid4())
+        run("ceph", *with_settings, "osd", "new", disk)
+        run("ceph-osd", *with_settings, "-i", "0", "--mkfs", "--osd-uuid", disk)
+        start("ceph-osd", mon, "-i", "0")  # whose own port nobody needs to know
+        user = ("--uid=test", "--display-name=test", f"--access-key={KEY}", f"--secret-key={SECRET}")
+        run("radosgw-admin", *with_settings, "user", "create", *user)
+        start("radosgw", port, "-n", "client.rgw.a")
+        yield port

@@ -1,0 +1,105 @@
+"""The command line where storage is concerned: what is left over, limits of bandwidth, addresses with secrets."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import builders
+from tests.commands import apart, here
+
+FILES = builders.model(builders.config(), builders.tensors(builders.config()), files=2)
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> str:
+    return builders.put(tmp_path / "llama", FILES)
+
+
+@pytest.fixture
+def begun(llama: str, tmp_path: Path) -> Path:
+    """An output with the shards of one rank of two, of two days ago."""
+    out = tmp_path / "out"
+    assert here("save", llama, "--tp", 2, "--ranks", "0", "-o", out).code == 0
+    for path in (out / ".shardtool").rglob("*.json"):
+        said = json.loads(path.read_text())
+        path.write_text(json.dumps({**said, "at": time.time() - 2 * 86400}))
+    return out
+
+
+def test_clean_lists_what_is_left_over(begun: Path, llama: str) -> None:
+    ended = here("clean", begun)
+    assert (ended.code, ended.err) == (0, "")
+    lines = ended.out.splitlines()
+    assert lines[0].split()[:2] == ["shard", "model-rank-0-part-0.safetensors"]
+    assert lines[0].endswith("2 d")
+    assert lines[-2] == f"{begun}: left by a job that was writing tp 2 shards of {llama}"
+    assert lines[-1].startswith(f"{begun}: 3 things to remove (")
+    assert lines[-1].endswith("say --yes")
+
+
+def test_clean_removes_it_when_it_is_told_to(begun: Path) -> None:
+    young = here("clean", begun, "--yes", "--older-than", "3d")
+    assert young.out.splitlines()[-1] == f"{begun}: 3 things may be in use: see --older-than"
+    ended = here("clean", begun, "--yes")
+    assert ended.out.splitlines()[-1].startswith(f"{begun}: 3 things removed (")
+    assert builders.contents(begun) == {}
+    assert here("clean", begun).out == f"{begun}: nothing is left over\n"
+    assert here("clean", begun, "--quiet").out == ""
+
+
+def test_clean_says_it_as_json(begun: Path) -> None:
+    said = here("clean", begun, "--json").json
+    assert (said["command"], said["uri"], said["complete"]) == ("clean", str(begun), False)
+    assert [one["kind"] for one in said["found"]] == ["shard", "record", "record"]
+    assert all(one["old"] and not one["removed"] for one in said["found"])
+
+
+def test_clean_of_what_is_not_there_says_so(tmp_path: Path) -> None:
+    ended = here("clean", tmp_path / "missing")
+    assert ended.code == 3
+    assert "missing does not exist" in ended.err
+
+
+def test_a_time_that_makes_no_sense_is_refused(tmp_path: Path) -> None:
+    ended = here("clean", tmp_path, "--older-than", "soon")
+    assert ended.code == 2
+    assert "--older-than 'soon' is not a time" in ended.err
+
+
+@pytest.mark.parametrize("by", ["flag", "variable"])
+def test_bwlimit_makes_a_command_slower(llama: str, tmp_path: Path, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of 100 KB at 200 KB per second takes half a second, at least to read."""
+    size = sum(path.stat().st_size for path in Path(llama).glob("*.safetensors"))
+    rate = 2 * size
+    flags = ["--bwlimit", str(rate)] if by == "flag" else []
+    if by == "variable":
+        monkeypatch.setenv("SHARDTOOL_BWLIMIT", f"{rate}B/s")
+    began = time.monotonic()
+    ended = here("save", llama, "--tp", 2, "-o", tmp_path / "out", *flags)
+    assert ended.code == 0, ended.err
+    assert time.monotonic() - began > 0.4
+    monkeypatch.delenv("SHARDTOOL_BWLIMIT", raising=False)
+    began = time.monotonic()
+    assert here("verify", tmp_path / "out", "--against", llama).code == 0
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("value", ["fast", "1", "0"])
+def test_a_bwlimit_that_makes_no_sense_is_refused(llama: str, tmp_path: Path, value: str) -> None:
+    ended = here("verify", llama, "--bwlimit", value)
+    assert ended.code == 2
+    assert ended.err.startswith(
+        f"shardtool: error: --bwlimit {value!r}" if value == "fast" else "shardtool: error: --bwlimit"
+    )
+
+
+def test_secrets_in_an_address_are_not_shown(tmp_path: Path) -> None:
+    for address in ("sftp://user:hunter2@127.0.0.1:9/x?token=hunter2", "gopher://user:hunter2@host/x?sig=hunter2"):
+        for command in (["verify", address], ["clean", address], ["save", "x", "--tp", "2", "-o", address]):
+            ended = apart(*command)
+            assert ended.code
+            assert "hunter2" not in ended.out + ended.err, command
