@@ -30,7 +30,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from subprocess import DEVNULL, PIPE, Popen, run
+from subprocess import DEVNULL, Popen, run
 from urllib.request import urlopen
 from xml.sax.saxutils import escape
 
@@ -154,10 +154,7 @@ def nginx(folder: Path, checkpoint: Path) -> Iterator[None]:
     program = shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/sbin:/usr/local/bin")
     if program is None:
         raise SystemExit("nginx is not installed")
-    for parent in (folder, *folder.parents):  # its worker is another user
-        if parent.stat().st_uid and parent == folder:
-            break
-    folder.chmod(0o755)
+    folder.chmod(0o755)  # its worker is another user
     with serving([program, "-c", str(settings)], folder, f"http://127.0.0.1:{_PORT}/bucket"):
         yield
 
@@ -272,7 +269,7 @@ def once(
     paths = [measure.HERE] if client.needs else [measure.HERE, measure.HERE.parent]
     environ["PYTHONPATH"] = ":".join(map(str, paths))
     words = [python, str(measure.HERE / "networkers.py"), json.dumps(job)]
-    child = run(words, env=environ, stdout=PIPE, stderr=PIPE, text=True, check=False)
+    child = run(words, env=environ, capture_output=True, text=True, check=False)
     if child.returncode:
         raise measure.Failed(child.stderr or f"networkers.py ended with {child.returncode}")
     said = json.loads(child.stdout.splitlines()[-1])

@@ -19,7 +19,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import deserialize
 
+from shardtool import manifest
 from shardtool.stores import memory, open_store
 from shardtool.stores.counting import CountingStore
 
@@ -237,6 +238,14 @@ def contents(place: str | Path) -> Files:
         return {str(p.relative_to(place)): p.read_bytes() for p in sorted(place.rglob("*")) if p.is_file()}
     with open_store(place) as store:
         return {found.key: store.get(found.key, limit=1 << 30) for found in store.list()}
+
+
+def unplaced(where: str | Path) -> dict[str, bytes]:
+    """All objects of a checkpoint; its manifest without the checksums that a store keeps, which are of its own kind."""
+    found = contents(where)
+    made = manifest.decode(found[manifest.KEY], str(where))
+    files = tuple(replace(file, stored={}) for file in made.files)
+    return {**found, manifest.KEY: replace(made, files=files).encode()}
 
 
 @contextlib.contextmanager

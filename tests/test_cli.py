@@ -521,3 +521,21 @@ def test_a_process_of_torchrun_loads_its_own_rank(shards, monkeypatch):
         monkeypatch.setenv(name, value)
     assert [rank["rank"] for rank in here("load", "tp2", "--json").json["ranks"]] == [1]
     assert [rank["rank"] for rank in here("load", "tp2", "--rank", "0", "--json").json["ranks"]] == [0]
+
+
+@pytest.mark.parametrize("source", ["tp2", "llama"])
+def test_a_rank_of_another_size_is_loaded(shards, source):
+    assert here("save", "llama", "--tp", "4", "-o", "tp4", "--quiet").code == 0
+    wanted = here("load", "tp4", "--rank", "3", "--json").json
+    done = here("load", source, "--tp", "4", "--rank", "3", "--json")
+    assert done.code == 0
+    found = done.json
+    assert [(one["rank"], one["tensors"], one["bytes"]) for one in found["ranks"]] == [
+        (one["rank"], one["tensors"], one["bytes"]) for one in wanted["ranks"]
+    ]
+    assert "cut for tp 4" in found["notes"][0]
+
+
+def test_a_rank_that_there_is_not_at_that_size_is_refused(shards):
+    done = here("load", "tp2", "--tp", "4", "--rank", "4")
+    assert (done.code, done.err) == (3, "shardtool: error: tp 4 has no rank 4; it has ranks 0 to 3\n")

@@ -6,16 +6,14 @@
 from __future__ import annotations
 
 import uuid
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import shardtool
-from shardtool import manifest
 from shardtool.errors import ChecksumMismatch, Incomplete, NotFound, PlanError
 from shardtool.stores import open_store
-from tests.builders import config, contents, flipped, model, put, random, rank_tensors, tensors, whole_tensors
+from tests.builders import config, contents, flipped, model, put, random, rank_tensors, tensors, unplaced, whole_tensors
 from tests.oracle import expected
 from tests.processes import At, run
 from tests.servers.redis import PASSWORD, WRITER
@@ -64,16 +62,6 @@ def quoted(login: str) -> str:
     return f"{user}:{quote(password, safe='')}"
 
 
-def held(where: str | Path) -> dict[str, bytes]:
-    """All objects; of the manifest, what does not depend on the place: stores keep checksums of their own kinds."""
-    found = contents(where)
-    made = manifest.decode(found[manifest.KEY], str(where)) if manifest.KEY in found else None
-    if made is None:
-        return found
-    plain = replace(made, files=tuple(replace(file, stored={}) for file in made.files))
-    return {**found, manifest.KEY: plain.encode()}
-
-
 @pytest.fixture(params=PLACES)
 def place(request: pytest.FixtureRequest) -> str:
     found: str = request.param
@@ -107,7 +95,7 @@ def test_there_and_back_again(at: str, shards: str, folders: Path, tmp_path: Pat
     """A source, shards of two sizes, whole tensors again: saved, verified, loaded, resharded, merged, inspected."""
     source = put(f"{at}/llama", FILES)
     shardtool.save(source, f"{at}/tp4{shards}", tp=4, max_part_size="100KB", memory_limit=LIMIT)
-    assert held(f"{at}/tp4{shards}") == held(folders / "tp4")
+    assert unplaced(f"{at}/tp4{shards}") == unplaced(folders / "tp4")
     assert shardtool.verify(f"{at}/tp4{shards}").ok
     assert shardtool.verify(f"{at}/tp4{shards}", quick=True).ok
     assert shardtool.verify(f"{at}/tp4{shards}", against=source).ok
@@ -119,7 +107,7 @@ def test_there_and_back_again(at: str, shards: str, folders: Path, tmp_path: Pat
         assert found.keys() == wanted[rank].keys()
         assert all((found[name] == same[name]).all() for name in found)
     shardtool.reshard(f"{at}/tp4{shards}", f"{at}/tp2{shards}", tp=2, max_part_size="100KB", memory_limit=LIMIT)
-    assert held(f"{at}/tp2{shards}") == held(folders / "tp2")
+    assert unplaced(f"{at}/tp2{shards}") == unplaced(folders / "tp2")
     shardtool.merge(f"{at}/tp2{shards}", f"{at}/merged", memory_limit=LIMIT)
     assert contents(f"{at}/merged") == contents(folders / "merged")
     assert whole_tensors(contents(f"{at}/merged")) == HELD
@@ -140,7 +128,7 @@ def test_a_killed_run_is_taken_up_again(at: str, shards: str, folders: Path):
     again = shardtool.save(folders / "llama", f"{at}/tp2{shards}", tp=2, max_part_size=20_000)
     assert again.complete
     assert again.kept > 0
-    assert held(f"{at}/tp2{shards}") == held(folders / "small")
+    assert unplaced(f"{at}/tp2{shards}") == unplaced(folders / "small")
     with open_store(f"{at}/tp2{shards}") as store:
         for left in list(store.unfinished()):
             store.discard(left)

@@ -11,12 +11,14 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import shardtool
+from shardtool import manifest
 from shardtool.errors import Incomplete, PlanError
 from shardtool.stores import open_store
 from tests import builders
@@ -271,6 +273,15 @@ def s3_objects(uri: str) -> dict[str, bytes]:
     return builders.contents(uri)
 
 
+def unstored(files: dict[str, bytes]) -> dict[str, Any]:
+    """The files, with the manifest as it is where the store keeps no checksums."""
+    if manifest.KEY not in files:
+        return files
+    made = manifest.decode(files[manifest.KEY], "here")
+    plain = made.with_files(replace(file, stored={}) for file in made.files)
+    return {**files, manifest.KEY: plain.encode()}
+
+
 @pytest.mark.parametrize("operation", ["save", "merge"])
 def test_a_killed_upload_is_finished_by_the_next_run(shelf: Path, bucket: str, operation: str) -> None:
     """The same holds in S3: no manifest, whole objects only, and at most half of the bytes again."""
@@ -287,7 +298,7 @@ def test_a_killed_upload_is_finished_by_the_next_run(shelf: Path, bucket: str, o
     again = run(operation, *args, uri, **options)
     assert again.value["complete"]
     assert again.value["written"] <= again.value["bytes_to_write"] / 2
-    assert s3_objects(uri) == whole
+    assert unstored(s3_objects(uri)) == unstored(whole)
 
 
 def test_an_upload_can_be_killed_anywhere(shelf: Path, bucket: str) -> None:
@@ -301,9 +312,9 @@ def test_an_upload_can_be_killed_anywhere(shelf: Path, bucket: str) -> None:
         uri = f"s3://{bucket}/out-{point}"
         assert run("save", *args, uri, kill=At(request=point), **options).killed, point
         left = {key: data for key, data in s3_objects(uri).items() if not key.startswith(".shardtool/")}
-        assert left.items() <= whole.items()
+        assert unstored(left).items() <= unstored(whole).items()
         assert SAVE(*args, uri, **options).complete
-        assert s3_objects(uri) == whole
+        assert unstored(s3_objects(uri)) == unstored(whole)
 
 
 def test_records_tell_whose_they_are(shelf: Path, tmp_path: Path) -> None:

@@ -257,6 +257,9 @@ class _Constant(MemoryStore):
 
 
 class _Boastful(MemoryStore):
+    def __init__(self) -> None:
+        super().__init__(checksums=True)
+
     def checksums(self, key):
         return {"crc32": "0" * 8}
 

@@ -225,6 +225,9 @@ def _write(
 @main.command(short_help="Load tensors and say how fast it was.", epilog="Example: shardtool load ./llama-tp4 --rank 0")
 @click.argument("uri", callback=options.source)
 @options.rank
+@click.option("--tp", type=int, metavar="N", help="Bring ranks of N out of whole tensors, or of shards of any size.")
+@click.option("--pp", type=int, default=1, metavar="N", help="The same for N pipeline stages.")
+@click.option("--layout", metavar="NAME", help="How they are cut, as for save.  [default: as the shards were, or vllm]")
 @click.option(
     "--device",
     metavar="DEVICE",
@@ -243,6 +246,8 @@ def _write(
 @options.speech
 def load(uri: str, **flags: Any) -> int:
     """Load tensors into memory, drop them, and say how fast it was.
+
+    With --tp it reads only the ranges that a rank of that size needs, whatever the checkpoint was cut for.
 
     Under torchrun each process loads its own rank, or all of them the same whole tensors. cuda without a number spreads
     ranks over the GPUs.
@@ -271,6 +276,9 @@ def load(uri: str, **flags: Any) -> int:
             pattern=flags["pattern"],
             distributed=distributed,
             progress=tell,
+            tp=flags["tp"],
+            pp=flags["pp"],
+            layout=flags["layout"],
         )
     reports.Loaded(found, memory).show(quiet=silent, wants_json=wants_json)
     return 0

@@ -27,9 +27,18 @@ from shardtool import settings
 from shardtool.checked import Checked
 from shardtool.checkpoint import Checkpoint, open_checkpoint, parse_config, with_headers
 from shardtool.dtypes import DType
-from shardtool.errors import NotFound, ShardtoolError, TensorMismatch, UsageError
+from shardtool.errors import (
+    NotFound,
+    PlanError,
+    ShardtoolError,
+    TensorMismatch,
+    UnsupportedModel,
+    UnsupportedTransform,
+    UsageError,
+)
 from shardtool.exchange import Exchange, exchange_for, heard
 from shardtool.integrations.vllm_options import Options
+from shardtool.ops import source as sources
 from shardtool.ops.bring import Slices
 from shardtool.ops.layout import Choice
 from shardtool.ops.load import exhaust, fill, handed
@@ -107,6 +116,22 @@ def tied(checkpoint: Checkpoint) -> bool | None:
         any(name.endswith(HEAD) for name in held) and any(name.endswith(EMBEDDINGS) for name in held) for held in names
     )
     return False if both else None
+
+
+def impossible(checkpoint: Checkpoint, rank: Rank, engine_version: str) -> PlanError | None:
+    """Why a checkpoint's model cannot be cut for ranks of these sizes, if the layouts at hand tell a reason."""
+    made = checkpoint.manifest
+    ours = made is not None and made.layout.get("engine") == ENGINE
+    choice = Choice() if ours or checkpoint.kind == "shards" else Choice("vllm:builtin", _minor(engine_version))
+    try:
+        plan(sources.of(checkpoint), rank.parallel, rank.number, choice)
+    except (UnsupportedModel, UnsupportedTransform):  # other layouts may
+        return None
+    except PlanError as error:
+        return error
+    except ShardtoolError:
+        return None
+    return None
 
 
 def difference(entries: Iterable[Entry], state: Mapping[str, torch.Tensor]) -> str:

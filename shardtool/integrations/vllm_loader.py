@@ -20,10 +20,11 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from shardtool import settings
 from shardtool.checkpoint import Checkpoint, open_checkpoint
 from shardtool.errors import ShardtoolError
-from shardtool.integrations.vllm_load import TIE, Rank, load, tied
+from shardtool.integrations.vllm_load import TIE, Rank, impossible, load, tied
 from shardtool.integrations.vllm_options import options
 from shardtool.parallel import Parallel
 
+_VERSION = str(vllm.__version__).partition("+")[0]
 _logger = logging.getLogger("vllm.shardtool")
 """A name below vLLM's own: its handlers and levels are those that its user has set."""
 
@@ -42,7 +43,10 @@ class ShardtoolLoader(BaseModelLoader):  # type: ignore[misc]
         """Nothing comes before its time: each rank streams what it needs."""
 
     def load_model(self, vllm_config: Any, model_config: Any, *more: Any, **named: Any) -> torch.nn.Module:
-        """Build the model, load it, and let vLLM change its tensors for its kernels."""
+        """Build the model, load it, and let vLLM change its tensors for its kernels.
+
+        Where it cannot be built for so many ranks, and shardtool knows why, that is what is raised.
+        """
         self._config = vllm_config
         try:
             with _said():
@@ -50,6 +54,11 @@ class ShardtoolLoader(BaseModelLoader):  # type: ignore[misc]
                 _tie(model_config, self._opened)
             model: torch.nn.Module = super().load_model(vllm_config, model_config, *more, **named)
             return model
+        except Exception as error:
+            if self._opened is not None and (reason := impossible(self._opened, self._rank(model_config), _VERSION)):
+                with _said():
+                    raise reason from error
+            raise
         finally:
             self._config = None
             if self._opened is not None:  # not loaded
@@ -65,7 +74,7 @@ class ShardtoolLoader(BaseModelLoader):  # type: ignore[misc]
                 self._uri(model_config),
                 self._rank(model_config),
                 self.options,
-                engine_version=vllm.__version__.partition("+")[0],
+                engine_version=_VERSION,
                 quantized=model_config.quantization is not None,
                 checkpoint=checkpoint,
                 progress=progress,

@@ -111,8 +111,6 @@ class AzureStore(Store):
         def version(headers: Mapping[str, str]) -> str:
             if _hidden(headers):
                 raise NotFound(f"{where} does not exist")
-            if headers.get("content-length") == "0":  # azurite, where Azure says 416
-                raise FormatError(f"{where} ends before the bytes that were asked for")
             pinned["If-Match"] = headers.get("etag", "*")
             return _tag(headers)
 

@@ -348,8 +348,12 @@ class Wrapper(Store):
         self.inner = inner
         self.uri = inner.uri
         self.remote = inner.remote
-        self.conditional = inner.conditional
         self.writable = inner.writable
+
+    @property
+    def conditional(self) -> bool:  # type: ignore[override] - what a server ignores may show at its first commit only
+        """Pass on."""
+        return self.inner.conditional
 
     def list(self, prefix: str = "") -> Iterator[Object]:
         """Pass on."""

@@ -92,8 +92,11 @@ class Link:
         self._deadline = math.inf if within is None else time.monotonic() + within
         self._waited, self._moved = 0.0, 0
 
-    def receive(self, view: memoryview) -> int:
-        """The next bytes into ``view``: at least one, or 0 where the server has closed the connection."""
+    def receive(self, view: memoryview, *, more: bool = False) -> int:
+        """The next bytes into ``view``: at least one, or 0 where the server has closed the connection.
+
+        ``more``: so many are still to come, so that it may be waited for them.
+        """
         if self._ahead:
             count = min(len(view), len(self._ahead))
             view[:count] = self._ahead[:count]
@@ -101,7 +104,8 @@ class Link:
             return count
         before = time.monotonic()
         self._wait_at_most(before)
-        count = self._records(view, before) if isinstance(self._socket, ssl.SSLSocket) else self._socket.recv_into(view)
+        many = more and isinstance(self._socket, ssl.SSLSocket)
+        count = self._records(view, before) if many else self._socket.recv_into(view)
         self.ended = not count
         self._moved += count
         self._count(time.monotonic() - before)
@@ -169,11 +173,10 @@ class Link:
 
     def _records(self, view: memoryview, before: float) -> int:
         """As much as comes at once. TLS gives 16 KiB at a time, too little to come back here for each of them."""
-        assert isinstance(self._socket, ssl.SSLSocket)
-        read, count = self._socket.read, 0
+        receive, count = self._socket.recv_into, 0
         while count < len(view) and time.monotonic() - before < _AT_ONCE:
             try:
-                got = read(len(view) - count, view[count:])  # type: ignore[arg-type]
+                got = receive(view[count:])
             except OSError:
                 if not count:
                     raise

@@ -18,13 +18,14 @@ from shardtool.stores.base import CheckedWriter, Object, Store, Unfinished, chec
 
 
 class MemoryStore(Store):
-    """Objects in the memory of this process; ``unit`` is that of its writers."""
+    """Objects in the memory of this process; ``unit`` is that of its writers, ``checksums``: whether it keeps one."""
 
     remote = False
 
-    def __init__(self, uri: str = "memory://", *, unit: int = 0) -> None:
+    def __init__(self, uri: str = "memory://", *, unit: int = 0, checksums: bool = False) -> None:
         self.uri = uri
         self._unit = unit
+        self._keeps = checksums
         self._objects: dict[str, bytes] = {}
         self._begun: dict[str, Unfinished] = {}
         self._names = map(str, itertools.count())
@@ -68,8 +69,8 @@ class MemoryStore(Store):
         return self._unit
 
     def checksums(self, key: str) -> Mapping[str, str]:
-        """One digest of the content."""
-        return _checksums(self._get(check_key(key)))
+        """A digest of the content, if there shall be one."""
+        return self._checksums(self._get(check_key(key)))
 
     def unfinished(self, prefix: str = "") -> Iterator[Unfinished]:
         """The objects of writers that have not ended, whether or not anybody still has them."""
@@ -81,6 +82,9 @@ class MemoryStore(Store):
         """Forget what a writer has begun; it cannot be committed any more."""
         with self._lock:
             self._begun.pop(left.name, None)
+
+    def _checksums(self, data: bytes) -> dict[str, str]:
+        return {"xxh3_128": xxhash.xxh3_128_hexdigest(data)} if self._keeps else {}
 
     def _begin(self, key: str, size: int) -> str:
         with self._lock:
@@ -127,11 +131,7 @@ class _MemoryWriter(CheckedWriter):
         self._store.discard(Unfinished(self._key, self._name))
 
     def checksums(self) -> Mapping[str, str]:
-        return _checksums(self._whole)
-
-
-def _checksums(data: bytes) -> dict[str, str]:
-    return {"xxh3_128": xxhash.xxh3_128_hexdigest(data)}
+        return self._store._checksums(self._whole)
 
 
 _NAMED: dict[str, MemoryStore] = {}

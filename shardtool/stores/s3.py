@@ -14,12 +14,10 @@ that know them: servers exist that send the checksum of the whole object with a 
 
 from __future__ import annotations
 
-import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -33,6 +31,7 @@ from shardtool.errors import (
     UsageError,
 )
 from shardtool.stores.base import CheckedWriter, Object, Store, Unfinished, check_key, is_key, target
+from shardtool.stores.pins import Pins
 from shardtool.stores.ranged import Remote, fill
 from shardtool.stores.retry import Again
 from shardtool.stores.s3_checksum import Checksum, best, kept
@@ -53,7 +52,6 @@ __all__ = ["Access", "S3Store"]
 
 _EXCLUSIVE = 512 << 20  # only a single request can be made conditional everywhere
 _SETTLED = 1.0  # seconds after which writers that met on a server without conditions look who was the last
-_PINNED = 100_000
 
 T = TypeVar("T")
 
@@ -72,7 +70,7 @@ class S3Store(Store):
         if not uri.startswith("s3://") or not bucket:
             raise UsageError(f"{uri!r} names no bucket: write s3://bucket/folder")
         self.uri = f"s3://{bucket}/{prefix}" if prefix else f"s3://{bucket}"
-        self.pins = _Pins()
+        self._pins = Pins()
         self._bucket = bucket
         self._prefix = f"{check_key(prefix)}/" if prefix else ""
         attempts = max(1, attempts)
@@ -83,19 +81,19 @@ class S3Store(Store):
 
     def list(self, prefix: str = "") -> Iterator[Object]:
         """The objects whose key starts with ``prefix``, asked for in pages; markers of empty folders are hidden."""
-        since = self.pins.since()
+        since = self._pins.since()
         for page in self._pages(self.locate(prefix), "list_objects_v2", Prefix=self._prefix + prefix):
             for item in page.get("Contents", ()):
                 key = item["Key"].removeprefix(self._prefix)
                 if is_key(key):
-                    self.pins.keep(key, item.get("ETag", ""), since)
+                    self._pins.keep(key, item.get("ETag", "").strip('"'), since)
                     yield Object(key, item["Size"], item.get("ETag", ""))
 
     def stat(self, key: str) -> Object:
         """Raises ``NotFound`` where there is no such object."""
-        since = self.pins.since()
+        since = self._pins.since()
         found = self.head(key)
-        self.pins.keep(key, found.get("ETag", ""), since)
+        self._pins.keep(key, found.get("ETag", "").strip('"'), since)
         return Object(key, found["ContentLength"], found.get("ETag", ""))
 
     def readinto(self, key: str, start: int, view: memoryview) -> None:
@@ -110,7 +108,7 @@ class S3Store(Store):
             renewed=asking.renewed,
             size=lambda: int(self.head(key)["ContentLength"]),
         )
-        fill(self._client.wire, remote, start, memory, again=self._again, version=self.pins.of(key))
+        fill(self._client.wire, remote, start, memory, again=self._again, version=self._pins.of(key))
 
     def get(self, key: str, *, limit: int) -> bytes:
         """A small object whole, in one request: one version of it, whichever it is."""
@@ -147,7 +145,7 @@ class S3Store(Store):
 
     def delete(self, key: str) -> None:
         """Remove an object; one that is not there is not an error."""
-        with self.pins.changing(key):
+        with self.changing(key):
             self.tried(key, "delete_object")
 
     def unit(self, size: int) -> int:
@@ -197,6 +195,10 @@ class S3Store(Store):
     def senders(self) -> ThreadPoolExecutor:
         """Threads that send parts."""
         return senders()
+
+    def changing(self, key: str) -> AbstractContextManager[None]:
+        """While the block runs, and after it, no version of the object is known."""
+        return self._pins.changing(key)
 
     def head(self, key: str) -> dict[str, Any]:
         """What boto3 says of an object."""
@@ -391,47 +393,6 @@ class _Asking:
         if isinstance(error, AccessDenied) and self.renewed():
             return Unavailable(f"{error}; there are new ones")
         return error
-
-
-class _Pins:
-    """In which version objects are to be read: the one that was seen last, until this process changes the object."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._tags: dict[str, str] = {}
-        self._changing: Counter[str] = Counter()
-        self._changes = 0
-
-    def since(self) -> int:
-        """The moment before something is looked at, for ``keep``."""
-        return self._changes
-
-    def keep(self, key: str, tag: str, since: int) -> None:
-        """What was seen of an object, unless this process has changed one meanwhile."""
-        with self._lock:
-            if since == self._changes and not self._changing[key] and len(self._tags) < _PINNED:
-                self._tags[key] = tag.strip('"')
-
-    def of(self, key: str) -> str:
-        """The version to read, or nothing."""
-        with self._lock:
-            return self._tags.get(key, "")
-
-    @contextmanager
-    def changing(self, key: str) -> Iterator[None]:
-        """While the block runs and after it no version of this object is known."""
-        with self._lock:
-            self._changes += 1
-            self._changing[key] += 1
-            self._tags.pop(key, None)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._changes += 1
-                self._changing[key] -= 1
-                if not self._changing[key]:
-                    del self._changing[key]
 
 
 def _tag(headers: Mapping[str, str]) -> str:

@@ -10,18 +10,16 @@ import hashlib
 import secrets
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from shardtool.errors import NotFound, ShardtoolError
 from shardtool.stores.base import CheckedWriter
-from shardtool.stores.s3_checksum import kept
+from shardtool.stores.s3_checksum import Checksum, kept
 from shardtool.stores.s3_client import UNSIGNED
-
-if TYPE_CHECKING:
-    from shardtool.stores.s3 import S3Store
-    from shardtool.stores.wire import Answer
+from shardtool.stores.wire import Answer
 
 MIB = 1 << 20
 SMALL = 8 * MIB
@@ -39,10 +37,47 @@ def unit(size: int) -> int:
     return 0 if size <= SMALL else max(PART, -(-size // (PARTS * MIB)) * MIB)
 
 
+class Bucket(Protocol):
+    """What writers need of the store."""
+
+    @property
+    def tls(self) -> bool:
+        """Whether nobody on the way can read or change what is sent."""
+
+    @property
+    def amazon(self) -> bool:
+        """Whether the server is Amazon's own."""
+
+    @property
+    def senders(self) -> ThreadPoolExecutor:
+        """Threads that send parts."""
+
+    def locate(self, key: str) -> str:
+        """How people are told where an object is."""
+
+    def changing(self, key: str) -> AbstractContextManager[None]:
+        """While the block runs no version of the object is known."""
+
+    def put_whole(self, key: str, data: memoryview, *, exclusive: bool) -> dict[str, str]:
+        """One PUT; gives what the server keeps of the object."""
+
+    def begin_upload(self, key: str, metadata: Mapping[str, str]) -> tuple[str, Checksum | None, bool]:
+        """The id of an upload, the checksum of its parts, and whether that of the whole is kept, too."""
+
+    def end_upload(self, key: str, upload: str) -> None:
+        """Abort it."""
+
+    def send(self, key: str, operation: str, body: memoryview, payload: str, **given: str | int) -> Answer:
+        """A PUT that may be repeated."""
+
+    def tried(self, key: str, operation: str, **request: Any) -> dict[str, Any]:
+        """A request of boto3 that may be repeated."""
+
+
 class SmallWriter(CheckedWriter):
     """One PUT; the bytes are gathered in memory."""
 
-    def __init__(self, store: S3Store, key: str, size: int, *, exclusive: bool) -> None:
+    def __init__(self, store: Bucket, key: str, size: int, *, exclusive: bool) -> None:
         super().__init__(store.locate(key), size)
         self._store = store
         self._key = key
@@ -54,7 +89,7 @@ class SmallWriter(CheckedWriter):
         self._data[self._written : self._written + len(data)] = data
 
     def _commit(self) -> None:
-        with self._store.pins.changing(self._key):
+        with self._store.changing(self._key):
             self._kept = self._store.put_whole(self._key, memoryview(self._data), exclusive=self._exclusive)
         self._data = bytearray()
 
@@ -78,7 +113,7 @@ class _Part:
 class PartsWriter(CheckedWriter):
     """A multipart upload. An upload whose abort fails stays behind, invisible; ``unfinished`` finds it."""
 
-    def __init__(self, store: S3Store, key: str, size: int) -> None:
+    def __init__(self, store: Bucket, key: str, size: int) -> None:
         super().__init__(store.locate(key), size, unit=unit(size))
         self._store = store
         self._key = key
@@ -125,14 +160,14 @@ class PartsWriter(CheckedWriter):
 
     def _commit(self) -> None:
         parts = {"Parts": [part.fields for part in self._parts]}
-        with self._store.pins.changing(self._key):
+        with self._store.changing(self._key):
             try:
                 answer = self._store.tried(
                     self._key, "complete_multipart_upload", UploadId=self._id, MultipartUpload=parts, **self._whole
                 )
             except NotFound:
                 # When the answer is lost, the repetition finds no upload any more; the object then bears our mark.
-                answer = self._store.head(self._key)
+                answer = self._store.tried(self._key, "head_object")
                 if answer["Metadata"].get(_WRITER) != self._mark:
                     raise
         self._kept = kept({**self._whole, **self._seen(answer)})

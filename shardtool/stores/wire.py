@@ -324,7 +324,7 @@ class Reply(AbstractContextManager["Reply"]):
         if len(view) > self._left:
             view = view[: self._left]
         if self._direct:
-            count = self._link.receive(view)
+            count = self._link.receive(view, more=True)
         else:
             # What came with the head lies in a buffer. Once that is empty, nothing stands between the socket and us.
             buffered = self._response.fp.peek()

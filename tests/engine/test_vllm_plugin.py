@@ -65,7 +65,7 @@ def held(answers: list[Answer]) -> list[dict[str, str]]:
     return [answer.held for answer in answers]
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "large"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("large", "few-heads")])
 def test_all_tensors_are_those_of_vllms_own_loader(shelf: Path, two: Loaders, name: str) -> None:
     """From the rank's own files, from shards for four ranks, and from whole tensors that the ranks exchange."""
     wanted = held(two.load(shelf / name))
@@ -156,6 +156,16 @@ def test_what_cannot_be_loaded_is_refused_in_one_sentence(
         answers = loaders.load(shelf / source, "shardtool", extra)
     assert re.match(error, answers[1].error), answers
     assert "\n" not in answers[1].error
+
+
+@pytest.mark.parametrize("source", ["few-heads", "few-heads-tp2"])
+def test_an_impossible_size_is_refused_with_its_reason(shelf: Path, source: str) -> None:
+    """VLLM's own word is an assertion, that 3 is not divisible by 2."""
+    with Loaders(World(3)) as loaders:
+        answers = loaders.load(shelf / source, "shardtool")
+    assert all(
+        re.match("PlanError: .*--tp 3 is not a multiple of its 2 kv heads", answer.error) for answer in answers
+    ), answers
 
 
 # Whole engines.

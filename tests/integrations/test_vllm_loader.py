@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import shardtool
-from shardtool.errors import ChecksumMismatch, NotFound, UsageError
+from shardtool.errors import ChecksumMismatch, NotFound, PlanError, UsageError
 from shardtool.layouts.base import Parallel
 from tests.builders import config, flipped, model, put, tensors
 from tests.integrations.modules import Cutter, digests, empty
@@ -42,7 +42,7 @@ class Vllm:
 
 
 @pytest.fixture
-def vllm(monkeypatch: pytest.MonkeyPatch) -> Vllm:
+def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Vllm]:
     """VLLM as far as the plug-in imports it. The plug-in's own modules are imported anew with it."""
     made = Vllm()
 
@@ -69,9 +69,12 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Vllm:
     module("vllm.model_executor")
     module("vllm.model_executor.model_loader", register_model_loader=register_model_loader)
     module("vllm.model_executor.model_loader.base_loader", BaseModelLoader=BaseModelLoader)
-    for name in ("vllm", "vllm_loader"):
-        monkeypatch.delitem(sys.modules, f"shardtool.integrations.{name}", raising=False)
-    return made
+    ours = [f"shardtool.integrations.{name}" for name in ("vllm", "vllm_loader")]
+    for name in ours:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield made
+    for name in ours:
+        sys.modules.pop(name, None)
 
 
 @dataclass
@@ -218,6 +221,25 @@ def test_what_is_refused_is_a_line_of_the_log_too(
         True,
     ]
     assert all(record.getMessage().startswith("shardtool: ") and record.exc_info is None for record in errors)
+
+
+@pytest.mark.parametrize("source", ["llama", "llama-tp2"])
+def test_a_model_that_cannot_be_built_for_so_many_ranks_is_refused_with_the_reason(
+    vllm: Vllm, shelf: Path, source: str, caplog: pytest.LogCaptureFixture
+):
+    """VLLM says that 3 is not divisible by 2."""
+
+    def fail() -> torch.nn.Module:
+        raise AssertionError("3 is not divisible by 2")
+
+    vllm.build = fail
+    vllm.rank(3, 0)
+    with pytest.raises(PlanError, match=r"tp 3|--tp 3"):
+        loader(vllm).load_model(vllm_config(), model_config(shelf / source))
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    vllm.rank(2, 0)  # which can be: vLLM's own error it is
+    with pytest.raises(AssertionError, match="not divisible"):
+        loader(vllm).load_model(vllm_config(), model_config(shelf / source))
 
 
 def test_that_whole_tensors_are_read_is_a_warning(vllm: Vllm, shelf: Path, caplog: pytest.LogCaptureFixture):

@@ -48,7 +48,7 @@ class Tagging(Wrapper):
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Tagging:
     """Opened as ``tagging://x``."""
-    made = Tagging(MemoryStore("tagging://x"))
+    made = Tagging(MemoryStore("tagging://x", checksums=True))
     monkeypatch.setitem(SCHEMES, "tagging", lambda uri: made)
     return made
 

@@ -30,6 +30,15 @@ class TestMemoryStoreWithUnit(StoreContract):
             yield store
 
 
+class TestMemoryStoreWithChecksums(StoreContract):
+    """Every law holds where the store keeps a digest of what it holds."""
+
+    @pytest.fixture
+    def store(self) -> Iterator[MemoryStore]:
+        with MemoryStore(checksums=True) as store:
+            yield store
+
+
 def test_a_name_means_one_store_in_the_whole_process() -> None:
     first = open_store("memory://test_memory/one")
     first.put("a", b"x")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shardtool.tracing.aliases import kept
+from shardtool.tracing.aliases import kept, of_model
 from shardtool.tracing.tape import Log
 
 
@@ -39,3 +39,20 @@ def test_views_that_overlap_without_one_inside_the_other_are_both_kept() -> None
     targets, aliases = kept(Log(), {"a": whole[:4], "b": whole[2:]})
     assert set(targets) == {"a", "b"}
     assert not aliases
+
+
+def test_the_tensors_of_a_model_are_chosen_by_the_same_rule() -> None:
+    """Where tensors of the meta device stand for memory that a model does not have yet, too."""
+    whole, waiting = torch.zeros(4, 6), torch.zeros(2, device="meta")
+    state = {
+        "b.same": whole,
+        "a.same": whole.view(24).view(4, 6),
+        "a.inside": whole[1],
+        "other": torch.zeros(4, 6),
+        "later": waiting,
+        "also later": waiting,
+        "nothing": torch.zeros(0),
+    }
+    found = of_model(state)
+    assert list(found) == ["a.same", "other", "also later"]
+    assert all(found[name] is state[name] for name in found)
