@@ -208,7 +208,7 @@ def _child(text: str) -> None:
         import numpy  # noqa: F401
         import xxhash  # noqa: F401
 
-        import shardtool.stores.local
+        import shardtool.stores.local.store
 
         call = getattr(shardtool, operation)
     idle = threading.Thread(target=int)

@@ -29,7 +29,7 @@ from shardtool.mosaic import invert
 from shardtool.plan import Piece, Stored, Tensor, whole
 from shardtool.stores import Address, named
 from shardtool.stores.base import Object, Store, check_key
-from shardtool.stores.existing import open_existing
+from shardtool.stores.hub.existing import open_existing
 from shardtool.window import Window, row_major
 
 INDEX = "model.safetensors.index.json"

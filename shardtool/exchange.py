@@ -36,7 +36,7 @@ from shardtool.errors import PlanError, ShardtoolError, StoreError, UsageError
 from shardtool.messages import DONE, FAILED, GOING, GRACE, LOST, MOST, Alarm, Line, Message, first_line
 from shardtool.stores import Address
 from shardtool.stores.base import Store
-from shardtool.stores.existing import open_existing
+from shardtool.stores.hub.existing import open_existing
 
 if TYPE_CHECKING:
     import torch

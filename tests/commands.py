@@ -34,7 +34,7 @@ class Ended:
         return json.loads(self.out)
 
 
-def here(*words: str | Path) -> Ended:
+def here(*words: str | int | Path) -> Ended:
     """Run a command line in this process."""
     done = CliRunner().invoke(main, [str(word) for word in words])
     if done.exception is not None and not isinstance(done.exception, SystemExit):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from shardtool.stores.counting import CountingStore
-from shardtool.stores.local import LocalStore
+from shardtool.stores.local.store import LocalStore
 from tests.exchanging import Scene, main
 from tests.slicing import digests
 

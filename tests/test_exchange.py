@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from shardtool.errors import UsageError
 from shardtool.exchange import Exchange, divided, wanted
 from shardtool.stores.counting import CountingStore
-from shardtool.stores.local import LocalStore
+from shardtool.stores.local.store import LocalStore
 from shardtool.stores.memory import MemoryStore
 from tests import exchanging
 from tests.exchanging import SEGMENTS

@@ -25,8 +25,8 @@ import shardtool
 from shardtool import stores
 from shardtool.errors import FormatError, NotFound, ShardtoolError, StoreError, Unavailable
 from shardtool.stores.base import Store
-from shardtool.stores.local import LocalStore
-from shardtool.stores.s3 import S3Store
+from shardtool.stores.local.store import LocalStore
+from shardtool.stores.s3.store import S3Store
 from shardtool.testing import Call, FaultyStore, Flip, Raise
 from tests import builders
 from tests.processes import cli

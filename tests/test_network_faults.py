@@ -29,10 +29,10 @@ from hypothesis import settings
 import shardtool
 from shardtool import stores
 from shardtool.errors import AlreadyExists, FormatError, ShardtoolError, StoreError
-from shardtool.stores import s3_client
 from shardtool.stores.base import Store
-from shardtool.stores.link import Pace
-from shardtool.stores.s3 import S3Store
+from shardtool.stores.s3 import client as s3_client
+from shardtool.stores.s3.store import S3Store
+from shardtool.stores.wire.link import Pace
 from shardtool.testing import write
 from tests import builders
 from tests.servers import Cut, Pipe, Proxy, S3Server, Weather

@@ -75,7 +75,7 @@ def address(ctx: click.Context, param: click.Parameter, value: str | None) -> st
 def source(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     """``address`` of what is there already. A text that is taken for the id of a model of the hub is told of."""
     from shardtool.checkpoint import single_file
-    from shardtool.stores.existing import hub_id
+    from shardtool.stores.hub.existing import hub_id
 
     value = address(ctx, param, value)
     model = hub_id((single_file(value) or (value,))[0]) if value else None

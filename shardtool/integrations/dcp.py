@@ -49,7 +49,7 @@ from shardtool.ops.bring import Slice, Slices, slice_of
 from shardtool.parallel import Parallel
 from shardtool.plan import Piece, Tensor
 from shardtool.recipe import Recipe
-from shardtool.stores.local import LocalStore
+from shardtool.stores.local.store import LocalStore
 from shardtool.units import parse_size
 from shardtool.window import row_major
 

@@ -39,7 +39,7 @@ from shardtool.ops.stream import Fresh
 from shardtool.segments import Item
 from shardtool.stores import open_store
 from shardtool.stores.base import Object, Store
-from shardtool.stores.s3 import Access, S3Store
+from shardtool.stores.s3.store import Access, S3Store
 
 if TYPE_CHECKING:
     import torch

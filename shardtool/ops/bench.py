@@ -30,9 +30,10 @@ from shardtool.checkpoint import Checkpoint
 from shardtool.container import available
 from shardtool.errors import UsageError
 from shardtool.ops.rank import opened
-from shardtool.stores import Address, named, residency
+from shardtool.stores import Address, named
 from shardtool.stores.base import Store
-from shardtool.stores.local import LocalStore
+from shardtool.stores.local import residency
+from shardtool.stores.local.store import LocalStore
 from shardtool.units import parse_size, show_size
 
 DISK, CACHE, STORAGE = "disk", "cache", "storage"

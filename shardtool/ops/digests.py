@@ -25,7 +25,7 @@ from shardtool.header import PAGE
 from shardtool.ops.limits import MOST, READ, Reading, reading
 from shardtool.schedule import FLOOR
 from shardtool.stores.base import Store
-from shardtool.stores.direct import cores
+from shardtool.stores.local.direct import cores
 
 LEAST = FLOOR + PAGE
 """Bytes of memory with which digests can be read."""

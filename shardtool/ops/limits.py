@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from shardtool.errors import UsageError
 from shardtool.stores.base import Store
-from shardtool.stores.direct import LARGE, cores
+from shardtool.stores.local.direct import LARGE, cores
 
 STEP = 32 << 20
 """Bytes of a step's block that are enough."""

@@ -31,8 +31,8 @@ from shardtool.ops.files import copy
 from shardtool.ops.source import side_files
 from shardtool.stores import Address
 from shardtool.stores.base import Object, Store
-from shardtool.stores.existing import open_existing
-from shardtool.stores.local import LocalStore
+from shardtool.stores.hub.existing import open_existing
+from shardtool.stores.local.store import LocalStore
 
 RECORD = ".shardtool/pulled"
 LOCK = ".shardtool/pull.lock"

@@ -25,7 +25,7 @@ from shardtool.engine import Clock, execute
 from shardtool.errors import FormatError, UsageError
 from shardtool.ops.limits import readers
 from shardtool.segments import Item, Segment, divide
-from shardtool.stores.direct import cores
+from shardtool.stores.local.direct import cores
 from shardtool.units import parse_size, show_size
 
 if TYPE_CHECKING:

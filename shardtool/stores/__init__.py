@@ -37,19 +37,19 @@ Address = str | os.PathLike[str] | Store
 
 
 SCHEMES: dict[str, str | Callable[[str], Store]] = {
-    "abfs": "shardtool.stores.azure:AzureStore",
-    "abfss": "shardtool.stores.azure:AzureStore",
-    "az": "shardtool.stores.azure:AzureStore",
-    "file": "shardtool.stores.local:LocalStore",
-    "gs": "shardtool.stores.gcs:GcsStore",
-    "hf": "shardtool.stores.hub:HubStore",
-    "http": "shardtool.stores.http:HttpStore",
-    "https": "shardtool.stores.http:HttpStore",
+    "abfs": "shardtool.stores.azure.store:AzureStore",
+    "abfss": "shardtool.stores.azure.store:AzureStore",
+    "az": "shardtool.stores.azure.store:AzureStore",
+    "file": "shardtool.stores.local.store:LocalStore",
+    "gs": "shardtool.stores.gcs.store:GcsStore",
+    "hf": "shardtool.stores.hub.store:HubStore",
+    "http": "shardtool.stores.web.store:HttpStore",
+    "https": "shardtool.stores.web.store:HttpStore",
     "memory": "shardtool.stores.memory:named",
     "pvc": "shardtool.stores.pvc:PvcStore",
-    "redis": "shardtool.stores.redis:RedisStore",
-    "rediss": "shardtool.stores.redis:RedisStore",
-    "s3": "shardtool.stores.s3:S3Store",
+    "redis": "shardtool.stores.redis.store:RedisStore",
+    "rediss": "shardtool.stores.redis.store:RedisStore",
+    "s3": "shardtool.stores.s3.store:S3Store",
 }
 """What opens the addresses of a scheme: a callable, or ``module:callable``, which is called with the address (``file``:
 with the path). A package brings its own by an entry point, see ``stores.plugins``; those here win."""
@@ -93,7 +93,8 @@ def _opener(scheme: str, address: str) -> Callable[[str], Store]:
         return found
     if opens is not None:
         return opens
-    from shardtool.stores import plugins, remote_fs
+    from shardtool.stores import plugins
+    from shardtool.stores.fsspec import store as remote_fs
 
     if brought := plugins.opener(scheme):
         return brought

@@ -351,7 +351,7 @@ class Wrapper(Store):
         self.writable = inner.writable
 
     @property
-    def conditional(self) -> bool:  # type: ignore[override] - what a server ignores may show at its first commit only
+    def conditional(self) -> bool:  # type: ignore[override]  # what a server ignores may show at its first commit only
         """Pass on."""
         return self.inner.conditional
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from shardtool.errors import NotFound, UsageError
 from shardtool.stores import accounts
 from shardtool.stores.base import Object, is_key
-from shardtool.stores.local import LocalStore, LocalWriter
+from shardtool.stores.local.store import LocalStore, LocalWriter
 
 _CLAIM = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?", re.ASCII)
 

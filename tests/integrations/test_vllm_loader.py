@@ -257,7 +257,7 @@ def test_that_whole_tensors_are_read_is_a_warning(vllm: Vllm, shelf: Path, caplo
 
 
 def test_a_store_is_closed_when_no_model_was_built(vllm: Vllm, shelf: Path, monkeypatch: pytest.MonkeyPatch):
-    from shardtool.stores.local import LocalStore
+    from shardtool.stores.local.store import LocalStore
 
     closed: list[Any] = []
     monkeypatch.setattr(LocalStore, "close", lambda store: closed.append(store))

@@ -14,8 +14,8 @@ import shardtool
 from shardtool import digest, stores
 from shardtool.errors import BudgetTooSmall, NotFound, UsageError
 from shardtool.ops.bench import BLOCKS, CACHE, CONCURRENCIES, DISK, STORAGE, Range, Trial, bench, blocks, chosen
-from shardtool.stores import residency
-from shardtool.stores.local import LocalStore
+from shardtool.stores.local import residency
+from shardtool.stores.local.store import LocalStore
 from tests.builders import config, contents, model, put, tensors
 from tests.commands import here
 

@@ -14,7 +14,7 @@ import shardtool
 from shardtool.errors import AccessDenied, NotFound, UsageError
 from shardtool.ops.clean import Cleaned, clean
 from shardtool.stores.base import Unfinished
-from shardtool.stores.local import LocalStore
+from shardtool.stores.local.store import LocalStore
 from shardtool.stores.memory import MemoryStore
 from tests.builders import config, contents, model, put, tensors
 from tests.processes import At, run

@@ -7,7 +7,7 @@ import pytest
 from shardtool.errors import UsageError
 from shardtool.ops import limits
 from shardtool.ops.limits import READ, Reading, readers, reading
-from shardtool.stores.direct import LARGE
+from shardtool.stores.local.direct import LARGE
 from shardtool.stores.memory import MemoryStore
 
 

@@ -141,7 +141,8 @@ def test_from_every_kind_of_store(hub: Hub, bucket: str, to):
     memory = MemoryStore()
     for key, data in files.items():
         memory.put(key, data)
-    for number, source in enumerate((hub.uri("llama"), f"s3://{bucket}/llama", memory)):
+    sources: list[str | MemoryStore] = [hub.uri("llama"), f"s3://{bucket}/llama", memory]
+    for number, source in enumerate(sources):
         folder = to / str(number)
         assert len(pull(source, folder).brought) == len(BESIDE)
         assert pulled(folder) == BESIDE

@@ -21,8 +21,8 @@ import pytest
 import trustme
 
 from shardtool.stores.accounts import AzureAccount
-from shardtool.stores.azure import AzureStore
-from shardtool.stores.retry import Again
+from shardtool.stores.azure.store import AzureStore
+from shardtool.stores.wire.retry import Again
 from tests.servers.process import free_port, program, running
 from tests.servers.proxy import Proxy
 

@@ -68,7 +68,7 @@ class S3Server:
         session = boto3.session.Session(self.environ["AWS_ACCESS_KEY_ID"], self.environ["AWS_SECRET_ACCESS_KEY"])
         settings: dict[str, Any] = {"s3": {"addressing_style": "path"}, "tcp_keepalive": True}
         return session.client(
-            service,
+            service,  # type: ignore[call-overload]  # one of several
             endpoint_url=self.endpoint,
             region_name="us-east-1",
             config=Config(

@@ -13,9 +13,9 @@ import shardtool.stores
 from shardtool.errors import NotFound, UsageError
 from shardtool.stores import SCHEMES, open_store
 from shardtool.stores.address import shown
-from shardtool.stores.local import LocalStore
+from shardtool.stores.local.store import LocalStore
 from shardtool.stores.memory import MemoryStore
-from shardtool.stores.s3 import S3Store
+from shardtool.stores.s3.store import S3Store
 
 
 def test_a_path_is_a_folder(tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_public_names_are_sorted() -> None:
 @pytest.mark.parametrize(
     "statement",
     [
-        "import shardtool.stores.s3, shardtool.stores.s3_errors",
+        "import shardtool.stores.s3.store, shardtool.stores.s3.errors",
         "from shardtool.stores import open_store; open_store('.'); open_store('memory://x')",
     ],
 )

@@ -1,0 +1,1 @@
+"""Whatever fsspec knows: SFTP and others."""

@@ -1,0 +1,1 @@
+"""Folders of this machine: durable, atomic, swept up after, read past the page cache where that is faster."""

@@ -1,0 +1,1 @@
+"""Objects of Amazon S3, or of a server that speaks its protocol."""

@@ -1,0 +1,1 @@
+"""Files of a web server, for reading."""

@@ -1,0 +1,432 @@
+"""HTTP for every store: one room through which all requests and bodies go, on ``http.client`` alone.
+
+::
+
+    wire = Wire()
+    answer = wire.send(Request("GET", url, headers), where="s3://b/key")        small: status, headers, body
+    with wire.open(Request("GET", url, headers), where="s3://b/key") as reply:  large: the body straight into memory
+        while count := reply.readinto(view): ...
+
+    Wire ── Lanes of the host ── a pooled Link, or a new one ── request, body ── Reply
+
+What fails below HTTP is ``Unavailable`` (cut, silent, slow, not reachable) or a ``StoreError`` (not to be trusted).
+What a status means is the store's business; nothing is tried again here but a GET on a connection that the server had
+closed meanwhile. A URL may bear a signature, so messages say ``where`` instead, never the URL.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import re
+import ssl
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import TracebackType
+from typing import Self
+from urllib.parse import urljoin, urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+from shardtool import __version__
+from shardtool.errors import FormatError, StoreError, Unavailable, UsageError
+from shardtool.stores.address import shown
+from shardtool.stores.base import Buffer, octets
+from shardtool.stores.wire.link import Link, Pace, Proxy, connect
+from shardtool.stores.wire.retry import Lane, Lanes
+
+_PORTS = {"http": 80, "https": 443}
+_IDLE = 20.0  # seconds after which a connection is rather made anew than used again
+_ELSEWHERE = frozenset(
+    {"accept", "accept-encoding", "if-match", "if-none-match", "if-range", "if-unmodified-since", "range", "user-agent"}
+)  # the headers that a server may see to which another one has redirected
+_REDIRECTS = (301, 302, 303, 307, 308)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked for: ``url`` whole and quoted, with its query; ``headers`` as they were signed.
+
+    ``Host``, ``Content-Length``, ``User-Agent`` and ``Accept-Encoding: identity`` are added where they lack.
+    """
+
+    method: str
+    url: str = field(repr=False)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A reply whose body was small: ``headers`` by names in small letters, ``url`` the one that answered."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes = b""
+    url: str = field(default="", repr=False)
+
+
+class Wire(AbstractContextManager["Wire"]):
+    """Connections to any number of servers, for any number of threads.
+
+    ``ca_bundle``: a file or folder of certificates in place of the system's (``SSL_CERT_FILE`` is known to OpenSSL).
+    ``pace``: how long to wait. ``most``: requests under way at one server at most, however many threads there are.
+    Proxies are those of the environment when the object is made: ``HTTPS_PROXY``, ``HTTP_PROXY``, ``NO_PROXY``.
+    """
+
+    def __init__(self, *, ca_bundle: str | None = None, pace: Pace = Pace(), most: int = 256) -> None:  # noqa: B008
+        self.pace = pace
+        self._ca_bundle = ca_bundle
+        self._most = most
+        self._proxies = getproxies()
+        self._lock = threading.Lock()
+        self._process = os.getpid()
+        self._idle: dict[tuple[str, str, int], list[Link]] = {}
+        self._lanes: dict[tuple[str, str, int], Lanes] = {}
+
+    def send(
+        self,
+        request: Request,
+        body: Buffer = b"",
+        *,
+        where: str,
+        limit: int = 1 << 20,
+        within: float | None = None,
+        redirects: int = 0,
+    ) -> Answer:
+        """Ask, and take a small answer: more than ``limit`` bytes are a ``FormatError``; an error's text is cut there.
+
+        ``within``: seconds from the end of the request to the end of the answer, however silent the server is until
+        then; without it the pace's ``silence``. ``redirects``: how many are followed.
+        """
+        within = self.pace.silence if within is None else within
+        with self.open(request, body, where=where, within=within, redirects=redirects) as reply:
+            return Answer(reply.status, reply.headers, reply.read(limit), reply.url)
+
+    def open(
+        self, request: Request, body: Buffer = b"", *, where: str, within: float | None = None, redirects: int = 0
+    ) -> Reply:
+        """Ask, and give the reply as soon as its head is there. It must be closed, best by ``with``.
+
+        A reply that comes while the body is still being sent ends the sending. ``within`` as for ``send``; without it
+        the body may take as long as it comes at the wire's pace. A redirect is only followed for GET and HEAD, with
+        credentials to the same server alone, and never from https to http.
+        """
+        memory = octets(body)
+        reply = self._open(request, memory, where, within)
+        for _ in range(redirects):
+            if reply.status not in _REDIRECTS or request.method not in ("GET", "HEAD"):
+                break
+            with reply:
+                request = _redirected(request, reply.headers.get("location", ""), where)
+            reply = self._open(request, memory, where, within)
+        return reply
+
+    def lanes(self, url: str) -> Lanes:
+        """The requests under way at a URL's server."""
+        with self._lock:
+            return self._lanes.setdefault(_server(url), Lanes(self._most))
+
+    def close(self) -> None:
+        """Close all idle connections; the object may be used again."""
+        with self._lock:
+            links = [link for idle in self._idle.values() for link in idle]
+            self._idle.clear()
+        for link in links:
+            link.shut()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @cached_property
+    def _tls(self) -> ssl.SSLContext:
+        bundle = self._ca_bundle
+        try:
+            if bundle:
+                folder = os.path.isdir(bundle)
+                made = ssl.create_default_context(cafile=None if folder else bundle, capath=bundle if folder else None)
+            else:
+                made = ssl.create_default_context()
+        except (OSError, ssl.SSLError) as error:
+            raise UsageError(f"the CA bundle {bundle} cannot be read ({_text(error)}): correct its path") from error
+        made.set_alpn_protocols(["http/1.1"])
+        return made
+
+    def _open(self, request: Request, body: memoryview, where: str, within: float | None) -> Reply:
+        server = _server(request.url)
+        holding = self.lanes(request.url).lane(self.pace.silence)
+        lane = holding.__enter__()
+        try:
+            while True:
+                link = self._link(server, where)
+                try:
+                    return Reply(
+                        self,
+                        link,
+                        server,
+                        holding,
+                        lane,
+                        _asked(self, link, request, body, where, within),
+                        request,
+                        where,
+                    )
+                except BaseException as error:
+                    link.shut()
+                    if isinstance(error, ValueError | http.client.InvalidURL):
+                        raise UsageError(
+                            f"{where} cannot be asked for ({_text(error)}): correct the address"
+                        ) from error
+                    if not isinstance(error, OSError | http.client.HTTPException):
+                        raise
+                    if link.reused and request.method in ("GET", "HEAD") and not isinstance(error, TimeoutError):
+                        continue
+                    raise unavailable(error, where) from error
+        except BaseException:
+            holding.__exit__(None, None, None)
+            raise
+
+    def _link(self, server: tuple[str, str, int], where: str) -> Link:
+        """An idle connection that is still good, or a new one."""
+        while link := self._taken(server):
+            if time.monotonic() - link.quiet_since < _IDLE and not link.stale():
+                link.reused = True
+                return link
+            link.shut()
+        scheme, host, port = server
+        proxy = self._proxy(server)
+        tls = self._tls if scheme == "https" else None
+        try:
+            if proxy and not tls:
+                return connect(proxy.host, proxy.port, self.pace, where=where)
+            return connect(host, port, self.pace, where=where, tls=tls, tunnel=proxy)
+        except (OSError, http.client.HTTPException) as error:
+            raise Unavailable(
+                f"the server of {where} cannot be reached at {host}:{port} ({_text(error)}): check the address and the"
+                " network"
+            ) from error
+
+    def _taken(self, server: tuple[str, str, int]) -> Link | None:
+        with self._lock:
+            if self._process != os.getpid():  # the connections are the parent's
+                self._process = os.getpid()
+                self._idle.clear()
+            idle = self._idle.get(server)
+            return idle.pop() if idle else None
+
+    def _give_back(self, server: tuple[str, str, int], link: Link) -> None:
+        link.quiet_since = time.monotonic()
+        with self._lock:
+            self._idle.setdefault(server, []).append(link)
+
+    def _proxy(self, server: tuple[str, str, int]) -> Proxy | None:
+        scheme, host, port = server
+        address = self._proxies.get(scheme) or self._proxies.get("all")
+        return Proxy.of(address) if address and not proxy_bypass(f"{host}:{port}") else None
+
+
+class Reply(AbstractContextManager["Reply"]):
+    """A reply whose body has not been read: ``status``, ``headers`` by names in small letters, and then the body.
+
+    ``length``: the body's size in bytes, or None where the server does not say. ``url``: the one that answered, after
+    redirects. The connection is used again if the body was read whole.
+    """
+
+    def __init__(
+        self,
+        wire: Wire,
+        link: Link,
+        server: tuple[str, str, int],
+        holding: AbstractContextManager[Lane],
+        lane: Lane,
+        response: http.client.HTTPResponse,
+        request: Request,
+        where: str,
+    ) -> None:
+        self.status = response.status
+        self.headers: dict[str, str] = {name.lower(): value for name, value in response.getheaders()}
+        self.url = request.url
+        self.length: int | None = response.length
+        self._wire = wire
+        self._link = link
+        self._server = server
+        self._holding = holding
+        self._lane = lane
+        self._response = response
+        self._where = where
+        self._method = request.method
+        self._left = -1 if response.chunked else response.length
+        self._direct = False
+        self._open = True
+        if self._left == 0:
+            self._expect_end()
+
+    def readinto(self, view: memoryview) -> int:
+        """Read the next bytes into ``view`` (of single bytes): one or more, or 0 at the end of the body.
+
+        A body that ends before its length is ``Unavailable``, like all else that happens to a connection.
+        """
+        if self._left == 0 or not view:
+            return 0
+        try:
+            count = self._next(view)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise unavailable(error, self._where) from error
+        if count == 0 and self._left is not None and self._left > 0:
+            raise Unavailable(f"the connection to the server of {self._where} ended early: try again")
+        return count
+
+    def read(self, limit: int) -> bytes:
+        """What is left of the body. Of more than ``limit`` bytes an error is cut, and all else is a ``FormatError``."""
+        data, got = bytearray(min(limit, self._left if self._left is not None and self._left >= 0 else 65536) + 1), 0
+        while count := self.readinto(memoryview(data)[got:]):
+            got += count
+            if got > limit:
+                if self.status < 300:
+                    raise FormatError(f"the answer for {self._where} is longer than {limit} bytes")
+                return bytes(data[:limit])
+            if got == len(data):
+                data += bytes(min(len(data), limit + 1 - len(data)))
+        return bytes(data[:got])
+
+    def close(self) -> None:
+        """Give the connection back if it can be used again, and close it otherwise."""
+        if not self._open:
+            return
+        self._open = False
+        whole = self._left == 0
+        will_close = self._response.will_close
+        self._response.close()
+        self._lane.ended(self.status)
+        self._holding.__exit__(None, None, None)
+        if whole and not will_close and self._link.clean:
+            self._wire._give_back(self._server, self._link)
+        else:
+            self._link.shut()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _next(self, view: memoryview) -> int:
+        if self._left is None or self._left < 0:
+            count = self._response.readinto(view)
+            if not count and self._left == -1:
+                self._left = 0
+            return count
+        if len(view) > self._left:
+            view = view[: self._left]
+        if self._direct:
+            count = self._link.receive(view, more=True)
+        else:
+            # What came with the head lies in a buffer. Once that is empty, nothing stands between the socket and us.
+            buffered = self._response.fp.peek()
+            self._direct = len(buffered) <= len(view)
+            count = len(view[: len(buffered)])
+            view[:count] = buffered[:count]
+            self._response.fp.read(count)
+        self._left -= count
+        if not self._left:
+            self._expect_end()
+        return count
+
+    def _expect_end(self) -> None:
+        """Nobody has asked for what follows a body: its length was wrong, and then so is the body."""
+        self._link.patient = False
+        more = self._response.fp.peek()
+        self._link.patient = True
+        if more:
+            self._link.clean = False
+            if self.status < 300 and self._method != "HEAD":
+                raise http.client.HTTPException("it sends more than it says")
+
+
+def unavailable(error: BaseException, where: str) -> Unavailable:
+    """What an error of a connection means."""
+    if isinstance(error, TimeoutError):
+        return Unavailable(f"the server of {where} is silent or too slow ({_text(error)}): try again")
+    return Unavailable(f"the connection to the server of {where} broke ({_text(error)}): try again")
+
+
+def _asked(
+    wire: Wire, link: Link, request: Request, body: memoryview, where: str, within: float | None
+) -> http.client.HTTPResponse:
+    """Send a request over a connection and read the head of the answer."""
+    parts = urlsplit(request.url)
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    server = _server(request.url)
+    headers = {"User-Agent": f"shardtool/{__version__}", "Accept-Encoding": "identity"}
+    names = {name.lower() for name in request.headers}
+    headers = {name: value for name, value in headers.items() if name.lower() not in names} | dict(request.headers)
+    if "host" not in names:
+        headers["Host"] = parts.netloc.rpartition("@")[2]
+    if "content-length" not in names and (body or request.method in ("PUT", "POST")):
+        headers["Content-Length"] = str(len(body))
+    proxy = wire._proxy(server) if parts.scheme == "http" else None
+    if proxy:
+        target = f"http://{parts.netloc.rpartition('@')[2]}{target}"
+        if proxy.credentials:
+            headers["Proxy-Authorization"] = proxy.credentials
+    asking = http.client.HTTPConnection(server[1], server[2])
+    asking.auto_open = 0
+    asking.sock = link
+    link.expect()
+    asking.putrequest(request.method, target, skip_host=True, skip_accept_encoding=True)
+    for name, value in headers.items():
+        asking.putheader(name, value)
+    asking.endheaders()
+    whole = True
+    if body:
+        try:
+            whole = link.send(body)
+        except (BrokenPipeError, ConnectionResetError):
+            whole = False  # it may have said why
+    link.expect(wire.pace.silence if within is None else within)
+    response = asking.getresponse()
+    if link.ended:
+        raise ConnectionResetError("it ended in the head of the answer")
+    if within is None:
+        link.expect()
+    link.clean = whole
+    return response
+
+
+def _redirected(request: Request, location: str, where: str) -> Request:
+    url = urljoin(request.url, location)
+    if not location or not url.startswith(("http://", "https://")):
+        raise StoreError(f"the server of {where} redirects to an address that is none")
+    old, new = _server(request.url), _server(url)
+    if old[0] == "https" and new[0] == "http":
+        raise StoreError(
+            f"the server of {where} redirects from https to http, which nobody can trust: use another address"
+        )
+    headers = request.headers
+    if new != old:
+        headers = {name: value for name, value in headers.items() if name.lower() in _ELSEWHERE}
+    else:
+        headers = {name: value for name, value in headers.items() if name.lower() != "host"}
+    return Request(request.method, url, headers)
+
+
+def _server(url: str) -> tuple[str, str, int]:
+    """Scheme, host and port."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise UsageError(f"an address is none ({error}): correct it") from error
+    if parts.scheme not in _PORTS or not host:
+        raise UsageError(f"{shown(url)!r} is no address of a web server: write https://host/path")
+    return parts.scheme, host, port or _PORTS[parts.scheme]
+
+
+def _text(error: BaseException) -> str:
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(re.sub(r"\[SSL[^]]*\]|\(?_ssl\.c:\d+\)?:?", "", str(text)).split())[:200]
