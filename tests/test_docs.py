@@ -1,6 +1,6 @@
 """What the documents say is true: their commands run, their output is what comes, their links lead somewhere.
 
-Blocks of one document run in order, in one folder that holds a tiny model as ``./llama``, beside a bucket ``demo``::
+Blocks of one document run in order, in one folder that holds a tiny model as ``./llama``, beside a bucket ``demo`` and a Redis at its usual port::
 
     ```console    each line after ``$ `` is run; the lines below it must come, in order, numbers and sizes aside
     ```python     is executed; the blocks of one document share their names
@@ -23,6 +23,7 @@ import pytest
 
 from tests import builders
 from tests.servers import S3Server
+from tests.servers.redis import RedisServer
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -131,7 +132,11 @@ def environ(s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """What a reader's shell has: this tree as ``shardtool``, a model, a server with the empty bucket ``demo``."""
     folder, tools = tmp_path / "work", tmp_path / "bin"
     config = builders.config("llama")
-    side = {"generation_config.json": b"{}", "tokenizer_config.json": b"{}"}
+    side = {
+        "generation_config.json": b"{}",
+        "tokenizer_config.json": b'{"tokenizer_class": "PreTrainedTokenizerFast"}',
+        "tokenizer.json": tokenizer(config["vocab_size"]),
+    }
     builders.put(folder / "llama", builders.model(config, builders.tensors(config), files=2, side=side))
     tools.mkdir()
     for name, words in {"shardtool": "-m shardtool", "python": ""}.items():
@@ -151,17 +156,32 @@ def environ(s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             client.delete_object(Bucket="demo", Key=found["Key"])
 
 
+def tokenizer(size: int) -> bytes:
+    """One that knows ``Hello`` and some numbers."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    made = Tokenizer(models.WordLevel({"Hello": 0} | {str(i): i for i in range(1, size)}, unk_token="Hello"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return made.to_str().encode()
+
+
+def at_server(text: str, redis: RedisServer) -> str:
+    """A block with the port of the Redis server that listens, where documents have Redis' usual one."""
+    return text.replace("localhost:6379", f"127.0.0.1:{redis.port}")
+
+
 def relative(path: Path) -> str:
     """How a document is called in the list of tests."""
     return str(path.relative_to(ROOT))
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=relative)
-def test_every_block_of_a_document_runs(path: Path, environ: dict[str, str]) -> None:
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # DCP says so of one process
+def test_every_block_of_a_document_runs(path: Path, environ: dict[str, str], redis_server: RedisServer) -> None:
     names: dict[str, object] = {"__name__": "__main__"}
     for block in blocks(path.read_text()):
         if block.language == "console":
-            run_console(block.text, environ)
+            run_console(at_server(block.text, redis_server), environ)
         elif block.language == "python":
             exec(compile("\n" * block.line + block.text, str(path), "exec"), names)
 

@@ -6,7 +6,7 @@
 
     sglang.py           register: the entry point of the group ``sglang.srt.plugins``
     sglang_loader.py    the loader that SGLang makes in each scheduler
-    engine_*.py         what it has in common with the vLLM plug-in
+    engine_*.py         what it has in common with the plug-in of vLLM, see there
 
 SGLang calls ``register`` in its launcher and in every process that loads. The format becomes one of its choices by its
 own function for that. Its ``LoadConfig`` knows formats of its own enumeration alone, or a loader's class: a hook gives

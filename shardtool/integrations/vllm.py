@@ -6,8 +6,10 @@
 
     vllm.py             register: the entry point of the group ``vllm.general_plugins``
     vllm_loader.py      the loader that vLLM makes in each worker
-    vllm_options.py     the extra config
-    vllm_load.py        a checkpoint into a rank's model: own files, ranges of others', or whole tensors
+    engine_options.py   the extra config
+    engine_load.py      a checkpoint into a rank's model: own files, ranges of others', or whole tensors
+    engine_checks.py    what a checkpoint and a model have to say of each other
+    engine_log.py       what a loader tells its user
 
 vLLM calls ``register`` in its front end, its engine and every worker, perhaps more than once; it is imported then.
 """

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -19,12 +18,13 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from shardtool import settings
 from shardtool.checkpoint import Checkpoint, open_checkpoint
-from shardtool.errors import ShardtoolError
-from shardtool.integrations.vllm_load import TIE, Rank, impossible, load, tied
-from shardtool.integrations.vllm_options import options
+from shardtool.integrations.engine_checks import TIE, tied
+from shardtool.integrations.engine_load import Engine, Rank, impossible, load
+from shardtool.integrations.engine_log import progress, refusals, said
+from shardtool.integrations.engine_options import options
 from shardtool.parallel import Parallel
 
-_VERSION = str(vllm.__version__).partition("+")[0]
+VLLM = Engine("vllm", "vLLM", str(vllm.__version__).partition("+")[0])
 _logger = logging.getLogger("vllm.shardtool")
 """A name below vLLM's own: its handlers and levels are those that its user has set."""
 
@@ -34,7 +34,7 @@ class ShardtoolLoader(BaseModelLoader):  # type: ignore[misc]
 
     def __init__(self, load_config: Any) -> None:
         super().__init__(load_config)
-        with _said():
+        with refusals(_logger):
             self.options = options(load_config.model_loader_extra_config)
         self._config: Any = None
         self._opened: Checkpoint | None = None
@@ -49,14 +49,14 @@ class ShardtoolLoader(BaseModelLoader):  # type: ignore[misc]
         """
         self._config = vllm_config
         try:
-            with _said():
+            with refusals(_logger):
                 self._opened = open_checkpoint(self._uri(model_config), shard_pattern=self.options.pattern)
                 _tie(model_config, self._opened)
             model: torch.nn.Module = super().load_model(vllm_config, model_config, *more, **named)
             return model
         except Exception as error:
-            if self._opened is not None and (reason := impossible(self._opened, self._rank(model_config), _VERSION)):
-                with _said():
+            if self._opened is not None and (reason := impossible(self._opened, self._rank(model_config), VLLM)):
+                with refusals(_logger):
                     raise reason from error
             raise
         finally:
@@ -68,20 +68,18 @@ class ShardtoolLoader(BaseModelLoader):  # type: ignore[misc]
     def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
         """Fill a model that is built. Raises one of shardtool's errors, after a line in the log that says the same."""
         checkpoint, self._opened = self._opened, None
-        with _said(), _bar(self.load_config) as progress:
+        with refusals(_logger), self._bar() as tell:
             report = load(
                 model,
                 self._uri(model_config),
                 self._rank(model_config),
                 self.options,
-                engine_version=_VERSION,
+                engine=VLLM,
                 quantized=model_config.quantization is not None,
                 checkpoint=checkpoint,
-                progress=progress,
+                progress=tell,
             )
-        _logger.info("shardtool: %s", report)
-        if report.way == "fed" and report.why:
-            _logger.warning("shardtool: every rank takes whole tensors because %s", report.why)
+        said(_logger, report)
 
     def _uri(self, model_config: Any) -> str:
         """Where the weights lie. A draft model has none but its own."""
@@ -102,6 +100,11 @@ class ShardtoolLoader(BaseModelLoader):  # type: ignore[misc]
         layers = settings.layer_partition(None) if pp.world_size > 1 else None
         sizes = Parallel(tp.world_size, pp.world_size, experts, layers)
         return Rank(sizes, pp.rank_in_group * tp.world_size + tp.rank_in_group)
+
+    def _bar(self) -> AbstractContextManager[Any]:
+        """Progress where vLLM shows its own."""
+        first = get_tp_group().rank_in_group == 0 and get_pp_group().rank_in_group == 0
+        return progress(first=first and bool(getattr(self.load_config, "use_tqdm_on_load", True)))
 
     def _current(self) -> Any:
         return self._config if self._config is not None else get_current_vllm_config()
@@ -132,31 +135,3 @@ def _tie(model_config: Any, checkpoint: Checkpoint) -> None:
 def _set_tie(config: Any, value: bool) -> None:
     setattr(config, TIE, value)
     setattr(config.get_text_config(), TIE, value)
-
-
-@contextmanager
-def _said() -> Iterator[None]:
-    """What shardtool refuses is a line of its own in the log, beside the trace that vLLM writes."""
-    try:
-        yield
-    except ShardtoolError as error:
-        _logger.error("shardtool: %s", error)
-        raise
-
-
-@contextmanager
-def _bar(load_config: Any) -> Iterator[Any]:
-    """Progress on the first rank's terminal, where vLLM shows its own."""
-    first = get_tp_group().rank_in_group == 0 and get_pp_group().rank_in_group == 0
-    if not first or not getattr(load_config, "use_tqdm_on_load", True):
-        yield None
-        return
-    from tqdm import tqdm
-
-    with tqdm(desc="shardtool", unit="B", unit_scale=True, unit_divisor=1024, disable=None) as bar:
-
-        def tell(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield tell

@@ -16,16 +16,16 @@ from tests.exchanging import Scene, main
 def loaded(folder: Path, uri: str, rank: int, size: int, into: Any = None, **said: Any) -> dict[str, Any]:
     """Load this process's rank; whether it holds what its shards do, the way, and the bytes that it read."""
     import shardtool
-    from shardtool.integrations.vllm_load import Rank, load
-    from shardtool.integrations.vllm_options import Options
+    from shardtool.integrations.engine_load import Engine, Rank, load
+    from shardtool.integrations.engine_options import Options
     from shardtool.layouts.base import Parallel
     from tests.integrations.modules import Cutter, digests
 
     shards = folder / f"tp{size}"
     into = Cutter(shards, rank) if into is None else into
-    version = said.pop("engine_version", "0.32.0")
+    engine = Engine("vllm", "vLLM", said.pop("version", "0.32.0"))
     options = Options(**{"distributed": True, **said})
-    report = load(into, folder / uri, Rank(Parallel(size), rank), options, engine_version=version)
+    report = load(into, folder / uri, Rank(Parallel(size), rank), options, engine=engine)
     wanted = digests(shardtool.stream(shards, rank=rank))
     held = digests((name, tensor) for name, tensor in into.state_dict().items() if name in wanted)
     return {"same": held == wanted, "way": report.way, "read": report.read}
@@ -65,7 +65,7 @@ def _with_more(folder: Path, rank: int, size: int) -> Any:
 
 def unknown(folder: Path, rank: int, size: int) -> dict[str, Any]:
     """A version that no table knows gets whole tensors from shards."""
-    return loaded(folder, "tp4", rank, size, into=_with_more(folder, rank, size), engine_version="0.99.0")
+    return loaded(folder, "tp4", rank, size, into=_with_more(folder, rank, size), version="0.99.0")
 
 
 def at_odds(folder: Path, rank: int, size: int) -> dict[str, Any]:
@@ -95,13 +95,17 @@ def damaged(folder: Path, rank: int, size: int) -> dict[str, Any]:
 
 def replicas(folder: Path, rank: int, size: int) -> dict[str, Any]:
     """Two processes for the same rank, as in data parallel: each reads its own."""
-    from shardtool.integrations.vllm_load import Rank, load
-    from shardtool.integrations.vllm_options import Options
+    from shardtool.integrations.engine_load import Engine, Rank, load
+    from shardtool.integrations.engine_options import Options
     from shardtool.layouts.base import Parallel
     from tests.integrations.modules import empty
 
     report = load(
-        empty(folder / "tp2", 1), folder / "tp4", Rank(Parallel(2), 1), Options(distributed=True), engine_version="0.32"
+        empty(folder / "tp2", 1),
+        folder / "tp4",
+        Rank(Parallel(2), 1),
+        Options(distributed=True),
+        engine=Engine("vllm", "vLLM", "0.32.0"),
     )
     return {"way": report.way, "read": report.read}
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from shardtool.errors import UsageError
-from shardtool.integrations.vllm_options import Options, options
+from shardtool.integrations.engine_options import Options, options
 
 ALL: dict[str, Any] = {
     "uri": "s3://bucket/llama-tp4",

@@ -1,7 +1,7 @@
 """A checkpoint of any kind into a rank's model: the nearest way that fits, every byte right, nothing read in vain.
 
-The models are plain modules whose tensors are those of shards that ``save`` wrote; that these are vLLM's own is tested
-in ``tests/engine``.
+The models are plain modules whose tensors are those of shards that ``save`` wrote; that these are the engines' own is
+tested in ``tests/engine``.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from shardtool.errors import (
     TensorMismatch,
     UsageError,
 )
-from shardtool.integrations import vllm_load
-from shardtool.integrations.vllm_load import Rank, Report, difference, tied, unfilled
-from shardtool.integrations.vllm_options import Options
+from shardtool.integrations import engine_load
+from shardtool.integrations.engine_load import Engine, Rank, Report
+from shardtool.integrations.engine_options import Options
 from shardtool.layouts.base import Parallel
 from shardtool.ops.bring import Slices, bundles, memory_for, steps
 from shardtool.ops.slices import opened
@@ -41,7 +41,8 @@ from tests.layouts import classic, mixtures
 
 HEADER = 64 << 10
 """Bytes that are read of a file for its header, or all of a shorter file."""
-VERSION = "0.32.0"
+VLLM = Engine("vllm", "vLLM", "0.32.0")
+SGLANG = Engine("sglang", "SGLang", "0.5.23", parts=3, tells=False)
 
 
 def source(family: str, **said: Any) -> Files:
@@ -76,8 +77,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def loaded(into: torch.nn.Module, uri: Any, tp: int, rank: int, pp: int = 1, ep: bool = False, **said: Any) -> Report:
     """Load a rank's module."""
     options = Options(**{key: said.pop(key) for key in list(said) if key in Options.__slots__})
-    named = {"engine_version": VERSION, **said}
-    return vllm_load.load(into, uri, Rank(Parallel(tp, pp, ep), rank), options, **named)
+    return engine_load.load(into, uri, Rank(Parallel(tp, pp, ep), rank), options, **{"engine": VLLM, **said})
 
 
 def same(into: torch.nn.Module, shards: Any, rank: int) -> bool:
@@ -257,7 +257,7 @@ def test_a_version_that_no_table_knows_gets_them_from_shards(shelf: Path, name: 
         return into.cut(kept) | {"new.name"}
 
     into.instead = take
-    report = loaded(into, uri, 2, 0, engine_version="0.99.1")
+    report = loaded(into, uri, 2, 0, engine=Engine("vllm", "vLLM", "0.99.1"))
     assert report.way == "fed"
     assert "'new.name' is missing" in report.why
     assert "made for vllm 0.32" in report.why
@@ -289,14 +289,6 @@ def test_what_a_loader_leaves_is_read_to_its_end(shelf: Path):
     assert loaded(into, shelf / "llama", 2, 0, quantized=True).way == "fed"
 
 
-def test_parameters_are_filled_under_any_of_their_names():
-    one, other = torch.zeros(3), torch.zeros(3)
-    into = Tree({"a.x": one, "b.x": one, "c": other, "none": torch.zeros(0)})
-    assert unfilled(into, {"b.x"}) == ["c"]
-    assert unfilled(into, {"c"}) == ["a.x"]
-    assert unfilled(into, {"a.x", "c", "more"}) == []
-
-
 # What is refused.
 
 
@@ -317,17 +309,6 @@ def test_what_is_missing_foreign_or_unlike_is_named(shelf: Path):
         "torch.bfloat16 [64, 32] there and torch.float32 [64, 32] in the model"
     )
     assert digests(into.state_dict().items()) == before
-
-
-def test_a_difference_is_one_clause_for_each_kind():
-    state = {"a": torch.zeros(2, 3), "b": torch.zeros(2), "c": torch.zeros(2)}
-    assert difference([(name, DType.F32, tuple(t.shape)) for name, t in state.items()], state) == ""
-    assert difference([], state) == "'a' and 2 more are missing"
-    entries = [("a", DType.F32, (3, 2)), ("b", DType.F16, (2,)), ("c", DType.F32, (2,)), ("d", DType.F32, (1,))]
-    assert difference(entries, state) == (
-        "'d' is foreign to the model; 'a' is torch.float32 [3, 2] there and torch.float32 [2, 3] in the model, and 1 "
-        "more differ"
-    )
 
 
 def test_another_model_is_refused_by_what_differs(shelf: Path):
@@ -414,36 +395,6 @@ def test_nothing_there_and_no_way_to_take_it(shelf: Path, tmp_path: Path):
 def test_a_limit_that_is_too_small_says_what_would_do(shelf: Path):
     with pytest.raises(BudgetTooSmall, match="would do"):
         loaded(empty(shelf / "llama-tp2", 0), shelf / "llama-tp2", 2, 0, memory_limit=1000)
-
-
-# Whether the embedding is the head.
-
-
-@pytest.mark.parametrize(
-    ("uri", "said"),
-    [("llama-tp2", False), ("tied-tp2", True), ("llama", False), ("tied", None), ("llama-pp2", False)],
-)
-def test_a_checkpoint_says_whether_its_head_is_the_embedding(shelf: Path, uri: str, said: bool | None):
-    assert tied(open_checkpoint(shelf / uri)) is said
-
-
-def test_a_head_of_its_own_despite_the_config(tmp_path: Path):
-    """The source's config.json says tied, its head differs: the shards' amendment counts."""
-    made = config(tie_word_embeddings=True)
-    held = tensors(config())
-    put(tmp_path / "model", model(made, held))
-    shardtool.save(tmp_path / "model", tmp_path / "shards", tp=2)
-    assert tied(open_checkpoint(tmp_path / "shards")) is False
-    assert tied(open_checkpoint(tmp_path / "model")) is False
-    into = empty(tmp_path / "shards", 0)
-    assert loaded(into, tmp_path / "shards", 2, 0).way == "own"
-
-
-@pytest.mark.parametrize(("name", "said"), [("llama", False), ("tied", None)])
-def test_shards_without_a_manifest_show_it_by_their_names(shelf: Path, tmp_path: Path, name: str, said: bool | None):
-    for path in (shelf / f"{name}-tp2").glob("model-rank-*"):
-        put(tmp_path, {path.name: path.read_bytes()})
-    assert tied(open_checkpoint(tmp_path)) is said
 
 
 def test_a_report_is_one_line(shelf: Path):
