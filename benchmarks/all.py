@@ -3,8 +3,8 @@
 python benchmarks/all.py [--full] [--only load save] [--peers-python PATH] [--engine-python PATH] [--dir DIR]
 
 Small by default, to see that everything works; what is published is made with ``--full``, on a machine that does
-nothing else: 5 runs, loads of 2 GiB, writes of 4 GiB. That takes about 20 minutes on two cores, 16 GB of disk and 12 GB
-of memory. ``--only`` measures some again and keeps the rest, on the same machine.
+nothing else: 5 runs, loads of 2 GiB, writes of 4 GiB. That takes about half an hour on two cores, 16 GB of disk and 12
+GB of memory. ``--only`` measures some again and keeps the rest, on the same machine.
 """
 
 from __future__ import annotations
@@ -26,12 +26,16 @@ import report
 
 @dataclass(frozen=True)
 class Script:
-    """A script and its arguments, small and full. ``tables``: it says by itself what it measured, as JSON."""
+    """A script and its arguments, small and full. ``tables``: it says by itself what it measured, as JSON.
+
+    ``peers``: it runs others, which live in a Python of their own.
+    """
 
     name: str
     small: tuple[str, ...] = ()
     full: tuple[str, ...] = ()
     tables: bool = False
+    peers: bool = False
 
 
 SCRIPTS = (
@@ -40,9 +44,17 @@ SCRIPTS = (
         ("--size", "64MiB", "--tensors", "1000", "--runs", "1", "--limit", "48MiB"),
         ("--size", "2GiB", "--tensors", "20000", "--runs", "5", "--back", "5"),
         tables=True,
+        peers=True,
     ),
     Script("save", ("--size", "64MiB", "--runs", "1"), ("--size", "4GiB", "--runs", "5", "--back", "3"), tables=True),
     Script("verify", ("--size", "64MiB", "--runs", "1"), ("--size", "4GiB", "--runs", "5", "--back", "1"), tables=True),
+    Script(
+        "network",
+        ("--size", "64MiB", "--runs", "1"),
+        ("--size", "1GiB", "--runs", "5", "--back", "4"),
+        tables=True,
+        peers=True,
+    ),
     Script("memory", ("--size", "64MiB"), ("--size", "1GiB")),
     Script("help", ("--runs", "3"), ("--runs", "10")),
     Script("headers", ("--tensors", "2000", "--runs", "1"), ("--tensors", "20000", "--runs", "5")),
@@ -91,9 +103,11 @@ def measured(script: Script, args: argparse.Namespace) -> dict[str, Any]:
     """Run one script and take what it measured, or else what it printed."""
     words = [*(script.full if args.full else script.small)]
     shown = ["python", f"benchmarks/{script.name}.py", *words]
-    for name, python in (("load", args.peers_python), ("experts", args.engine_python)):
-        if script.name == name and python:
-            flag = "--peers-python" if name == "load" else "--engine-python"
+    for wanted, flag, python in (
+        (script.peers, "--peers-python", args.peers_python),
+        (script.name == "experts", "--engine-python", args.engine_python),
+    ):
+        if wanted and python:
             words += [flag, python]
             shown += [flag, "PATH"]
     if script.name != "help":

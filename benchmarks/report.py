@@ -96,6 +96,17 @@ run and the loop reads past it, also without hashing, which is the disk's own ra
 slower of that rate and the rate at which the loop hashes what is in the page cache.""",
     ),
     Section(
+        "network",
+        "Over the network",
+        """\
+Servers of this machine: nginx (one worker, sendfile) gives a checkpoint as objects of S3, a server that takes
+everything gets uploads. They share the two cores with the client, so the CPU seconds, which are those of the client
+alone, say more than the rates. Tensors are those of an independent reader, or there is no table; of uploads one more
+run of each proves that the bytes came. `digests checked` is xxh3_128 over every chunk on the way; the others check
+nothing but what TCP and TLS do. Run:ai is set to 8 connections. `shardtool create` uploads as `save` does, with the
+checksum that S3 compares.""",
+    ),
+    Section(
         "memory",
         "Memory",
         """\
@@ -130,6 +141,10 @@ QUESTIONS = {
     "cold-stream": "Files on the disk, streamed",
     "many": "One file of many small tensors, in the page cache",
     "writing": "",
+    "read": "Tensors from S3 over HTTP, streamed",
+    "read-tls": "Tensors from S3 over HTTPS, streamed",
+    "write": "Uploads over HTTP",
+    "write-tls": "Uploads over HTTPS",
     "verify, warm": "From the page cache",
     "verify, cold": "From the disk",
 }

@@ -1,6 +1,7 @@
 """What the documents say is true: their commands run, their output is what comes, their links lead somewhere.
 
-Blocks of one document run in order, in one folder that holds a tiny model as ``./llama``, beside a bucket ``demo`` and a Redis at its usual port::
+Blocks of one document run in order, in one folder that holds a tiny model as ``./llama``, beside a bucket ``demo`` and
+a Redis at its usual port::
 
     ```console    each line after ``$ `` is run; the lines below it must come, in order, numbers and sizes aside
     ```python     is executed; the blocks of one document share their names

@@ -5,6 +5,7 @@ Values that may come from a variable as well are left to ``shardtool.settings``,
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -64,12 +65,29 @@ def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 
 def address(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    """Refuses an address that means something within one process only."""
+    """Refuses an address that means something within one process only, and one that lost a slash."""
+    from shardtool.stores.address import shown
+
     if value is not None and value.lower().startswith("memory://"):
         raise click.BadParameter(
-            f"{value[:60]!r} keeps nothing between commands; name a folder or a bucket", ctx, param
+            f"{shown(value)[:60]!r} keeps nothing between commands; name a folder or a bucket", ctx, param
+        )
+    if value is not None and not os.path.exists(value) and (meant := _meant(value)):
+        raise click.BadParameter(
+            f"this is a path and no address: write {meant}, or put ./ before it if it is a folder", ctx, param
         )
     return value
+
+
+def _meant(path: str) -> str | None:
+    """The address that a path would be, had it two slashes: ``s3:/bucket``, ``s3:bucket``."""
+    from shardtool.stores import SCHEMES
+    from shardtool.stores.address import shown
+
+    scheme, colon, rest = path.partition(":")
+    if not colon or rest.startswith("//") or scheme.lower() not in SCHEMES:
+        return None
+    return shown(f"{scheme.lower()}://{'/' if scheme.lower() == 'file' else ''}{rest.removeprefix('/')}")
 
 
 def source(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:

@@ -22,7 +22,12 @@ EMBEDDINGS = ("embed_tokens.weight", "word_embeddings.weight", "wte.weight", "em
 HEAD = "lm_head.weight"
 Entry = tuple[str, DType, tuple[int, ...]]
 """Name, dtype and shape."""
-_WORDS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+_MARKS = {
+    torch.bfloat16: (torch.int16, -0x55),
+    torch.float16: (torch.int16, -0x55),
+    torch.float32: (torch.int32, -0x545555),
+}
+"""The bits of a NaN that no arithmetic makes, as an integer."""
 
 
 def tied(checkpoint: Checkpoint) -> bool | None:
@@ -89,21 +94,21 @@ def unfilled(model: torch.nn.Module, loaded: Iterable[str]) -> list[str]:
 class Marks:
     """Marks in a model's parameters, made before it takes tensors and looked for afterwards.
 
-    The first number of every row of a parameter of floats becomes a NaN of all bits, which no weight is: with them a
-    part of a parameter is seen, such as one of several projections or experts, and little is kept.
+    The first number of every row of a parameter of floats becomes a NaN of certain bits, which no weight is: so a part
+    of a parameter is seen, such as one of several projections or experts, and little is kept.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = model
         self._kept: dict[str, tuple[int, torch.Tensor, torch.Tensor]] = {}
         for name, parameter in model.named_parameters():
-            word = _WORDS.get(parameter.dtype)
+            word, mark = _MARKS.get(parameter.dtype, (None, 0))
             if word is None or parameter.is_meta or not parameter.numel():
                 continue
             tensor = parameter.data
             firsts = (tensor.select(-1, 0) if tensor.dim() > 1 else tensor).view(word)
             self._kept[name] = (tensor.data_ptr(), firsts, firsts.clone())
-            firsts.fill_(-1)
+            firsts.fill_(mark)
 
     def left(self) -> list[str]:
         """The parameters of which a part was not filled. What the model had there before is put back."""
@@ -112,7 +117,7 @@ class Marks:
             place, firsts, before = self._kept.pop(name, (0, None, None))
             if firsts is None or before is None or parameter.data_ptr() != place:  # of another memory now
                 continue
-            untouched = firsts == -1
+            untouched = firsts == _MARKS[parameter.dtype][1]
             if untouched.any():
                 firsts.copy_(torch.where(untouched, before, firsts))
                 found.append(name)

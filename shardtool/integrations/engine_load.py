@@ -367,7 +367,7 @@ class _Load:
             raise UsageError(
                 f"{type(self.model).__name__} of {self.engine} takes no whole tensors: save shards for its sizes"
             )
-        return take  # type: ignore[no-any-return]
+        return take
 
     def _feeding_whole(self) -> Do:
         self._take()

@@ -48,14 +48,22 @@ class ShardtoolLoader(loaders.BaseModelLoader):  # type: ignore[misc]
             self._refuse(model_config)
             checkpoint = open_checkpoint(self._uri(model_config), shard_pattern=self.options.pattern)
         device = torch.device(device_config.device)
-        with checkpoint.store.closed_on_failure(), set_default_torch_dtype(model_config.dtype):
-            model = self._build(model_config, device, checkpoint)
+        with set_default_torch_dtype(model_config.dtype):
+            with checkpoint.store.closed_on_failure():
+                model = self._build(model_config, device, checkpoint)
             self._fill(model, model_config, device, checkpoint)
             loaders.DefaultModelLoader.postprocess_weights(model, device)
         return model.eval()
 
     def _build(self, model_config: Any, device: torch.device, checkpoint: Checkpoint) -> torch.nn.Module:
         """The model without its weights."""
+        processed = model_config.quantization is not None and checkpoint.kind == "shards"
+        if processed and checkpoint.manifest is None:
+            with refusals(_logger):
+                raise UnsupportedModel(
+                    f"{checkpoint.uri} has shards of a quantized model and no manifest: SGLang saves such weights as "
+                    f"its kernels want them; use --load-format sharded_state"
+                )
         try:
             quantization = loaders._get_quantization_config(model_config, self.load_config)
             with device:
@@ -71,11 +79,6 @@ class ShardtoolLoader(loaders.BaseModelLoader):  # type: ignore[misc]
         """Load it, as its own loader leaves it before tensors are changed for kernels."""
         rank = _rank()
         with refusals(_logger), progress(first=rank.number == 0) as tell:
-            if model_config.quantization is not None and checkpoint.kind == "shards" and checkpoint.manifest is None:
-                raise UnsupportedModel(
-                    f"{checkpoint.uri} has shards of a quantized model and no manifest: SGLang saves such weights as "
-                    f"its kernels want them; use --load-format sharded_state"
-                )
             report = load(
                 model,
                 checkpoint.uri,
@@ -96,8 +99,8 @@ class ShardtoolLoader(loaders.BaseModelLoader):  # type: ignore[misc]
         """Refuse what SGLang loads in ways of its own."""
         if self.load_config.draft_model_idx is not None:
             raise UsageError(
-                "a draft model of several layers takes one of them from its checkpoint, which the load format shardtool "
-                "does not; use --speculative-draft-load-format auto"
+                "a draft model of several layers takes one of them from its checkpoint, which the load format "
+                "shardtool does not; use --speculative-draft-load-format auto"
             )
         asked = model_config.quantization
         calibrated = asked in CALIBRATED or bool(getattr(model_config, "modelopt_quant", None))
@@ -128,12 +131,12 @@ def _apart() -> str:
     """Why no layout says what this process holds, if so."""
     groups = get_parallel()
     for name, size, usual in (
-        ("attention", groups.attn_tp_size, (groups.tp_size,)),
-        ("experts", groups.moe_ep_size, (1, groups.tp_size)),
-        ("dense layers", getattr(groups, "moe_dense_tp_size", None) or groups.tp_size, (groups.tp_size,)),
+        ("its attention is", groups.attn_tp_size, (groups.tp_size,)),
+        ("its experts are", groups.moe_ep_size, (1, groups.tp_size)),
+        ("its dense layers are", getattr(groups, "moe_dense_tp_size", None) or groups.tp_size, (groups.tp_size,)),
     ):
         if size not in usual:
-            return f"its {name} are divided by {size} where tp is {groups.tp_size}, which no layout of SGLang says"
+            return f"{name} divided by {size} where tp is {groups.tp_size}, which no layout of SGLang says"
     places = get_global_expert_location_metadata()
     if places is not None:
         mapping = places.physical_to_logical_map

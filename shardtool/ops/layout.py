@@ -27,6 +27,7 @@ from shardtool.ops import source as sources
 from shardtool.ops.source import Source
 from shardtool.parallel import Parallel
 from shardtool.stores import open_store
+from shardtool.stores.address import shown
 from shardtool.stores.base import Store
 from shardtool.tracing import parent as tracing
 
@@ -163,9 +164,11 @@ def from_file(path: str, flag: str = "--layout") -> files.FileLayout:
     folder, _, name = path.rpartition("/")
     if not path.endswith(".json"):
         if flag != "--layout":
-            raise UsageError(f"{flag} {path!r} is not a layout file (*.json)")
+            raise UsageError(f"{flag} {shown(path)!r} is not a layout file (*.json)")
         known = ", ".join(NAMES)
-        raise UsageError(f"--layout {path!r} is neither the name of a layout ({known}) nor a layout file (*.json)")
+        raise UsageError(
+            f"--layout {shown(path)!r} is neither the name of a layout ({known}) nor a layout file (*.json)"
+        )
     with open_store(folder or ("/" if path.startswith("/") else ".")) as store:
         return files.decode(store.get(name, limit=MOST), store.locate(name))
 

@@ -30,6 +30,7 @@ from shardtool.errors import AccessDenied, FormatError, NotFound, StoreError, Us
 from shardtool.ops.files import copy
 from shardtool.ops.source import side_files
 from shardtool.stores import Address
+from shardtool.stores.address import shown
 from shardtool.stores.base import Object, Store
 from shardtool.stores.hub.existing import open_existing
 from shardtool.stores.local.store import LocalStore
@@ -109,7 +110,7 @@ def pull(
     """
     where = os.fspath(folder)
     if not where or "://" in where:
-        raise UsageError(f"{where!r} is no folder of this machine: files are pulled into a folder")
+        raise UsageError(f"{shown(where)!r} is no folder of this machine: files are pulled into a folder")
     choice = _Choice(patterns(allow, "allow"), patterns(ignore, "ignore"), manifest)
     began = time.time_ns()
     with LocalStore(where) as to, open_existing(uri) as source:

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 from types import EllipsisType, TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,7 @@ from shardtool.ops.load import handed, load
 from shardtool.ops.rank import chosen, items, number, opened
 from shardtool.ops.stream import Fresh
 from shardtool.segments import Item
-from shardtool.stores import open_store
+from shardtool.stores import Address, Store, open_store
 from shardtool.window import Window, row_major
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ BACKENDS = ("mmap", "pread")
 
 
 def load_file(
-    filename: str | os.PathLike[str], device: str | int = "cpu", *, backend: str = "mmap", rank: int | None = None
+    filename: Address, device: str | int = "cpu", *, backend: str = "mmap", rank: int | None = None
 ) -> dict[str, torch.Tensor]:
     """All tensors of a file, a folder or an address by name, as ``safetensors.torch.load_file`` gives those of a file.
 
@@ -61,7 +61,7 @@ def load_file(
 
 
 def safe_open(
-    filename: str | os.PathLike[str],
+    filename: Address,
     framework: str = "pt",
     device: str | int = "cpu",
     *,
@@ -242,8 +242,10 @@ class Slice:
         return found[(*then, ...)]  # the ellipsis keeps an array of no dimensions an array
 
 
-def _is_file(filename: str | os.PathLike[str]) -> bool:
+def _is_file(filename: Address) -> TypeGuard[str | os.PathLike[str]]:
     """Whether this is a file of this machine whose name does not say what it is, as in the cache of a hub."""
+    if isinstance(filename, Store):
+        return False
     path = os.fspath(filename)
     return not path.endswith(KINDS) and "://" not in path and os.path.isfile(path)
 

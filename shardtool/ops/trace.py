@@ -13,6 +13,7 @@ from shardtool.ops import source as sources
 from shardtool.ops.layout import Choice
 from shardtool.parallel import Parallel
 from shardtool.stores import open_store
+from shardtool.stores.address import shown
 from shardtool.stores.base import Store
 
 ENGINES = ("vllm", "sglang")
@@ -43,7 +44,7 @@ def trace(
     if engine not in ENGINES:
         raise UsageError(f"--engine {engine!r} cannot be traced; {' and '.join(ENGINES)} can")
     if output is not None and not os.fspath(output).endswith(".json"):
-        raise UsageError(f"--output {os.fspath(output)!r} is not a name for a layout file; let it end in .json")
+        raise UsageError(f"--output {shown(os.fspath(output))!r} is not a name for a layout file; let it end in .json")
     many = (tp,) if isinstance(tp, int) else tuple(tp)
     partition = None if layer_partition is None else tuple(layer_partition)
     parallels = [Parallel(size, pp, expert_parallel, partition) for size in many]

@@ -263,6 +263,7 @@ class SegmentSink:
         self._clock = clock
         self._where = where
         self._ready = ready
+        self._checked = [item for item in segment.items if item.chunks]
         self._left = segment.nbytes if not segment.turned else segment.items[0].entry.nbytes
         self._begun = False
         self._lock = Lock()
@@ -287,9 +288,8 @@ class SegmentSink:
         """Check the tile's chunks, copy it on where it was staged, and tell when the segment is whole."""
         view = self.place.room(tile, memory)
         began = time.perf_counter()
-        for item in self.segment.items:
-            if item.chunks:
-                self._check(item, tile, view)
+        for item in self._checked:
+            self._check(item, tile, view)
         self._clock.add("hash", began)
         landed = partial(self._landed, tile.nbytes, release)
         if self.staging:

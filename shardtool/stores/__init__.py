@@ -10,10 +10,10 @@
     open_store("az://container/llama")    Azure Blob Storage                        stores.azure
     open_store("redis://host:port/name")  Redis                                     stores.redis
     open_store("hf://org/name@revision")  the Hugging Face hub, for reading         stores.hub
-    open_store("https://host/llama")      a web server, for reading                 stores.http
+    open_store("https://host/llama")      a web server, for reading                 stores.web
     open_store("memory://name")           objects of this process                   stores.memory
     open_store("hdfs://host/llama")       what an installed package brings          stores.plugins
-    open_store("sftp://host/llama")       what fsspec knows                         stores.remote_fs
+    open_store("sftp://host/llama")       what fsspec knows                         stores.fsspec
     open_store(my_store)                  a store is its own address
 
 A store's module, and the library that it needs, is imported when the first address of its kind is opened.

@@ -8,7 +8,9 @@ from urllib.parse import unquote, urlsplit
 from shardtool.errors import UsageError
 
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-_SECRETS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^/?#]*@)?([^?#]*)")
+_LOGIN = re.compile(r"[^/?#]*@")
+_BROKEN_LOGIN = re.compile(r"[^/?#\[\]:@]*:(?!\d*(?:[/?#]|$))[^@]*[/?#].*@")  # its password is not quoted
+_CONTAINERS = ("az", "abfs", "abfss")  # what is before their @ is no secret
 
 
 def scheme_of(address: str) -> str | None:
@@ -25,8 +27,11 @@ def shown(address: str) -> str:
     """
     if scheme_of(address) in (None, "file"):
         return address
-    found = _SECRETS.match(address)
-    return found[1] + found[2] if found else address
+    scheme, _, rest = address.partition("://")
+    if scheme.lower() not in _CONTAINERS:
+        login = _BROKEN_LOGIN.match(rest) or _LOGIN.match(rest)
+        rest = rest[login.end() :] if login else rest
+    return f"{scheme}://{re.split('[?#]', rest, maxsplit=1)[0]}"
 
 
 def path_of(address: str) -> str:

@@ -30,9 +30,14 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from shardtool.errors import FormatError, NotFound, UsageError
+from shardtool.errors import FormatError, NotFound, StoreError, UsageError
 
 Buffer = memoryview | bytearray | bytes
+_VERSIONS = 10  # replaced under a reader this often, a small object is not read to its end
+
+
+class Replaced(StoreError):
+    """An object is not any more in the version in which it was seen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,7 +283,15 @@ class Store(ABC):
         return True
 
     def get(self, key: str, *, limit: int) -> bytes:
-        """A small object whole. One larger than ``limit`` bytes is refused before it is read."""
+        """A small object whole: one version, whichever it is. One over ``limit`` bytes is refused before it is read."""
+        for _ in range(_VERSIONS):
+            try:
+                return self._seen(key, limit)
+            except Replaced:
+                continue
+        return self._seen(key, limit)
+
+    def _seen(self, key: str, limit: int) -> bytes:
         size = self.stat(key).size
         if size > limit:
             raise FormatError(f"{self.locate(key)} is {size} bytes, more than the {limit} that such a file may have")

@@ -60,15 +60,15 @@ class Serve:
         answer(pipe, load)
 
 
-def _load(
-    rank: int, world: World, port: int, model: str, load_format: str, extra: str, said: dict[str, Any]
-) -> Answer:
+def _load(rank: int, world: World, port: int, model: str, load_format: str, extra: str, said: dict[str, Any]) -> Answer:
     from sglang.srt.configs.device_config import DeviceConfig
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.model_loader.loader import DefaultModelLoader, ShardedStateLoader, get_model_loader
 
-    arguments = _join(rank, world, port, model, {"load_format": load_format, "model_loader_extra_config": extra, **said})
+    arguments = _join(
+        rank, world, port, model, {"load_format": load_format, "model_loader_extra_config": extra, **said}
+    )
     found = ModelConfig.from_server_args(arguments)
     watch = Watch()
 
@@ -80,7 +80,7 @@ def _load(
         watch.of(import_module("shardtool.integrations.sglang_loader")),
     ):
         loader = get_model_loader(LoadConfig(load_format=load_format, model_loader_extra_config=extra), found)
-        loader.load_model(model_config=found, device_config=DeviceConfig("cpu"))
+        see(loader.load_model(model_config=found, device_config=DeviceConfig("cpu")), None)  # it processed them before
     return watch.answer
 
 

@@ -19,9 +19,10 @@ import pytest
 
 import shardtool
 from tests.builders import flipped
+from tests.engine.loaders import Loaders, held
 from tests.engine.truth import ENVIRONMENT, World
 from tests.engine.vllm_models import MODELS
-from tests.engine.vllm_ranks import Answer, Loaders
+from tests.engine.vllm_ranks import VllmLoaders
 from tests.servers import S3Server
 from tests.servers.redis import RedisServer
 
@@ -55,14 +56,8 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two() -> Iterator[Loaders]:
-    with Loaders(World(2)) as loaders:
+    with VllmLoaders(World(2)) as loaders:
         yield loaders
-
-
-def held(answers: list[Answer]) -> list[dict[str, str]]:
-    """What each rank has; an error is one of the test."""
-    assert [answer.error for answer in answers] == [""] * len(answers)
-    return [answer.held for answer in answers]
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in ("large", "few-heads")])
@@ -129,7 +124,7 @@ def test_weights_lie_where_the_uri_says(shelf: Path, two: Loaders, tmp_path: Pat
 def test_stages_and_whole_experts(shelf: Path, tmp_path: Path, world: World) -> None:
     name = "qwen3moe" if world.ep else "llama-untied"
     shardtool.save(shelf / name, tmp_path / "own", tp=world.tp, pp=world.pp, expert_parallel=world.ep)
-    with Loaders(world) as loaders:
+    with VllmLoaders(world) as loaders:
         wanted = held(loaders.load(shelf / name))
         for uri, way in ((tmp_path / "own", "own"), (shelf / f"{name}-tp4", "cut"), (shelf / name, "fed")):
             answers = loaders.load(uri, "shardtool")
@@ -152,7 +147,7 @@ def test_what_cannot_be_loaded_is_refused_in_one_sentence(
 ) -> None:
     if "uri" in extra:
         extra = {"uri": str(shelf / extra["uri"])}
-    with Loaders(World(2)) as loaders:
+    with VllmLoaders(World(2)) as loaders:
         answers = loaders.load(shelf / source, "shardtool", extra)
     assert re.match(error, answers[1].error), answers
     assert "\n" not in answers[1].error
@@ -161,7 +156,7 @@ def test_what_cannot_be_loaded_is_refused_in_one_sentence(
 @pytest.mark.parametrize("source", ["few-heads", "few-heads-tp2"])
 def test_an_impossible_size_is_refused_with_its_reason(shelf: Path, source: str) -> None:
     """VLLM's own word is an assertion, that 3 is not divisible by 2."""
-    with Loaders(World(3)) as loaders:
+    with VllmLoaders(World(3)) as loaders:
         answers = loaders.load(shelf / source, "shardtool")
     assert all(
         re.match("PlanError: .*--tp 3 is not a multiple of its 2 kv heads", answer.error) for answer in answers

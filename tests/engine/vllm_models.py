@@ -59,7 +59,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "deepseek_v3": ("DeepseekV3ForCausalLM", LATENT),
     "gpt_neox": ("GPTNeoXForCausalLM", {}),  # its names are others in vLLM 0.24
-    "few-heads": ("LlamaForCausalLM", {"hidden_size": 384, "num_attention_heads": 12}),
+    "few-heads": ("LlamaForCausalLM", {"hidden_size": 384, "num_attention_heads": 12, "vocab_size": 960}),
     "large": (  # 386 MiB
         "LlamaForCausalLM",
         {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "vocab_size": 32000},

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 import shardtool
 from shardtool.checkpoint import open_checkpoint, read_header
-from shardtool.dtypes import DType
 from shardtool.errors import (
     BudgetTooSmall,
     ChecksumMismatch,
@@ -28,6 +27,7 @@ from shardtool.errors import (
     UsageError,
 )
 from shardtool.integrations import engine_load
+from shardtool.integrations.engine_checks import tied
 from shardtool.integrations.engine_load import Engine, Rank, Report
 from shardtool.integrations.engine_options import Options
 from shardtool.layouts.base import Parallel
@@ -395,6 +395,113 @@ def test_nothing_there_and_no_way_to_take_it(shelf: Path, tmp_path: Path):
 def test_a_limit_that_is_too_small_says_what_would_do(shelf: Path):
     with pytest.raises(BudgetTooSmall, match="would do"):
         loaded(empty(shelf / "llama-tp2", 0), shelf / "llama-tp2", 2, 0, memory_limit=1000)
+
+
+def test_a_head_of_its_own_despite_the_config(tmp_path: Path):
+    """The source's config.json says tied, its head differs: the shards' amendment counts."""
+    made = config(tie_word_embeddings=True)
+    held = tensors(config())
+    put(tmp_path / "model", model(made, held))
+    shardtool.save(tmp_path / "model", tmp_path / "shards", tp=2)
+    assert tied(open_checkpoint(tmp_path / "shards")) is False
+    assert tied(open_checkpoint(tmp_path / "model")) is False
+    into = empty(tmp_path / "shards", 0)
+    assert loaded(into, tmp_path / "shards", 2, 0).way == "own"
+
+
+# An engine whose models do not say what they loaded, and whose names are others.
+
+
+def quiet(shards: Path, rank: int) -> Cutter:
+    """A model that takes whole tensors and says nothing."""
+    into = Cutter(shards, rank)
+
+    def take(weights: Any) -> None:
+        into.cut(weights)
+
+    into.instead = take
+    return into
+
+
+@pytest.fixture(scope="module")
+def sglang(shelf: Path) -> Path:
+    """``gpt_oss`` as SGLang names its tensors."""
+    for tp in (2, 4):
+        shardtool.save(shelf / "gpt_oss", shelf / f"sglang-tp{tp}", tp=tp, layout="sglang")
+    return shelf
+
+
+@pytest.mark.parametrize(
+    ("uri", "way"), [("sglang-tp2", "own"), ("sglang-tp4", "cut"), ("gpt_oss-tp4", "cut"), ("gpt_oss-tp2", "cut")]
+)
+def test_an_engine_takes_its_own_names_and_translates_those_of_others(sglang: Path, uri: str, way: str):
+    into = empty(sglang / "sglang-tp2", 1)
+    assert into.state_dict().keys() != shardtool.load(sglang / "gpt_oss-tp2", rank=1).keys()
+    assert loaded(into, sglang / uri, 2, 1, engine=SGLANG).way == way
+    assert same(into, sglang / "sglang-tp2", 1)
+
+
+def test_a_version_counts_as_far_as_its_layouts_depend_on_it(shelf: Path):
+    """Of vLLM 0.32.1 they are those of 0.32; SGLang's may change with any."""
+    assert VLLM.generation("0.32.1") == "0.32"
+    assert SGLANG.generation("0.5.23.post1") == "0.5.23"
+    assert (VLLM.builtin.engine_version, SGLANG.builtin.engine_version) == ("0.32", "0.5.23")
+
+
+def test_what_a_quiet_model_has_left_is_seen(shelf: Path, tmp_path: Path):
+    """A plain checkpoint without one of the three projections that its model has in one tensor."""
+    shards = shelf / "llama-tp2"
+    into = quiet(shards, 0)
+    assert loaded(into, shelf / "llama", 2, 0, engine=SGLANG).way == "fed"
+    assert same(into, shards, 0)
+    made = config()
+    held = {name: one for name, one in tensors(made).items() if name != "model.layers.0.self_attn.k_proj.weight"}
+    put(tmp_path, model(made, held))
+    with pytest.raises(
+        TensorMismatch, match=r"has nothing for 'model.layers.0.self_attn.qkv_proj.weight' of Cutter in SGLang 0.5.23$"
+    ):
+        loaded(quiet(shards, 0), tmp_path, 2, 0, engine=SGLANG)
+    assert loaded(quiet(shards, 0), tmp_path, 2, 0, engine=SGLANG, quantized=True).way == "fed"
+
+
+def test_an_engine_may_take_them_in_a_way_of_its_own(shelf: Path):
+    into = empty(shelf / "llama-tp2", 0)  # it has no load_weights
+    names: list[str] = []
+
+    def take(weights: Any) -> None:
+        names.extend(name for name, _ in weights)
+
+    assert loaded(into, shelf / "llama", 2, 0, take=take).way == "fed"
+    assert sorted(names) == sorted(open_checkpoint(shelf / "llama").entries())
+
+
+def test_a_rank_that_no_layout_knows_takes_whole_tensors(shelf: Path, tmp_path: Path):
+    """Or its own files where nobody recorded what they are; those of other sizes say why they do not do."""
+    shards, apart = shelf / "llama-tp2", "its attention is divided by 1 where tp is 2"
+    into = Cutter(shards, 1)
+    report = loaded(into, shards, 2, 1, apart=apart)
+    assert (report.way, report.why) == ("fed", apart)
+    assert same(into, shards, 1)
+    assert loaded(Cutter(shards, 1), shelf / "llama", 2, 1, apart=apart).why == ""
+    for rank in range(2):
+        put(
+            tmp_path,
+            {f"model-rank-{rank}-part-0.safetensors": (shards / f"model-rank-{rank}-part-0.safetensors").read_bytes()},
+        )
+    put(tmp_path, {"config.json": (shards / "config.json").read_bytes()})
+    assert loaded(into, tmp_path, 2, 1, apart=apart).way == "own"
+    with pytest.raises(UsageError, match="its attention is divided by 1"):
+        loaded(Cutter(shelf / "llama-tp4", 1), tmp_path, 4, 1, apart=apart)
+
+
+@pytest.mark.parametrize("engine", [VLLM, SGLANG], ids=str)
+def test_why_a_model_cannot_be_cut_for_so_many_ranks_is_known(shelf: Path, engine: Engine):
+    """From any checkpoint of it; nothing is said of sizes that do."""
+    for uri in ("llama", "llama-tp2"):
+        reason = engine_load.impossible(open_checkpoint(shelf / uri), Rank(Parallel(3), 0), engine)
+        assert isinstance(reason, PlanError)
+        assert "3" in str(reason)
+        assert engine_load.impossible(open_checkpoint(shelf / uri), Rank(Parallel(2), 0), engine) is None
 
 
 def test_a_report_is_one_line(shelf: Path):

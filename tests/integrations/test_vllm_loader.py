@@ -297,15 +297,15 @@ def test_the_head_is_the_embedding_where_the_checkpoint_has_it_so(
 
 def test_progress_is_shown_by_the_first_rank_alone(vllm: Vllm, shelf: Path, capsys: pytest.CaptureFixture[str]):
     """VLLM's own switch turns it off; nothing is drawn where there is no terminal."""
-    from shardtool.integrations.vllm_loader import _bar
-
+    made = loader(vllm)
+    made.load_config.use_tqdm_on_load = True
     vllm.rank(2, 1)
-    with _bar(SimpleNamespace(use_tqdm_on_load=True)) as tell:
+    with made._bar() as tell:
         assert tell is None
     vllm.rank(2, 0)
-    with _bar(SimpleNamespace(use_tqdm_on_load=False)) as tell:
+    with loader(vllm)._bar() as tell:  # turned off
         assert tell is None
-    with _bar(SimpleNamespace(use_tqdm_on_load=True)) as tell:
+    with made._bar() as tell:
         tell(1, 2)
         tell(2, 2)
     assert capsys.readouterr().err == ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -65,10 +66,13 @@ def gateway() -> Iterator[int]:
         settings.write_text(_SETTINGS.format(fsid=cluster, mon=mon, port=port, folder=folder))
         with_settings = ("-c", str(settings))
 
-        def run(tool: str, *words: str) -> None:
-            done = subprocess.run([at[tool], *words], capture_output=True, text=True, timeout=100, check=False)
-            if done.returncode:
-                pytest.fail(f"{tool} {' '.join(words)} failed:\n{done.stderr[-3000:]}")
+        def run(tool: str, *words: str, tries: int = 1) -> None:
+            for left in range(tries - 1, -1, -1):
+                done = subprocess.run([at[tool], *words], capture_output=True, text=True, timeout=100, check=False)
+                if not done.returncode:
+                    return
+                time.sleep(1 if left else 0)
+            pytest.fail(f"{tool} {' '.join(words)} failed:\n{done.stderr[-3000:]}")
 
         def start(tool: str, listens: int, *words: str) -> None:
             processes.enter_context(running([at[tool], *with_settings, "-f", *words], listens))
@@ -78,10 +82,10 @@ def gateway() -> Iterator[int]:
         run("ceph-mon", *with_settings, "-i", "a", "--mkfs", "--monmap", members)
         start("ceph-mon", mon, "-i", "a")
         disk = str(uuid.uuid4())
-        run("ceph", *with_settings, "osd", "new", disk)
+        run("ceph", *with_settings, "osd", "new", disk, tries=30)  # listening is not yet a quorum
         run("ceph-osd", *with_settings, "-i", "0", "--mkfs", "--osd-uuid", disk)
         start("ceph-osd", mon, "-i", "0")  # whose own port nobody needs to know
         user = ("--uid=test", "--display-name=test", f"--access-key={KEY}", f"--secret-key={SECRET}")
-        run("radosgw-admin", *with_settings, "user", "create", *user)
+        run("radosgw-admin", *with_settings, "user", "create", *user, tries=10)
         start("radosgw", port, "-n", "client.rgw.a")
         yield port

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 STARTS_WITHIN = 60.0
 
 
@@ -51,12 +53,19 @@ def running(command: Sequence[str], port: int, environ: Mapping[str, str] = {}) 
                 env={**os.environ, **environ, "TMPDIR": folder},
                 cwd=folder,
                 start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
         try:
             wait_for(process, port, log)
             yield Path(folder)
         finally:
             stop(process)
+
+
+def _end_with_parent() -> None:
+    """A server of tests that were killed ends with them (PR_SET_PDEATHSIG)."""
+    if _LIBC is not None:
+        _LIBC.prctl(1, signal.SIGKILL)
 
 
 def wait_for(process: subprocess.Popen[bytes], port: int, log: Path) -> None:

@@ -203,10 +203,36 @@ def test_two_packages_with_one_scheme_are_refused(tmp_path: Path, monkeypatch: p
         ("https://token@host/a#b", "https://host/a"),
         ("https://host/a@b", "https://host/a@b"),
         ("az://container/x?sv=1&sig=secret", "az://container/x"),
+        ("az://container@account/x", "az://container@account/x"),
+        ("hf://org/name@main", "hf://org/name@main"),
+        ("https://host:8080/a@b", "https://host:8080/a@b"),
+        ("https://[::1]:80/a@b", "https://[::1]:80/a@b"),
+        # passwords that nobody has quoted
+        ("redis://user:pa/ss@host/name", "redis://host/name"),
+        ("redis://user:pa?ss@host/name", "redis://host/name"),
+        ("sftp://user:pa#ss@host/name", "sftp://host/name"),
     ],
 )
 def test_an_address_is_shown_without_secrets(address: str, seen: str) -> None:
     assert shown(address) == seen
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "s3://key:SECRET@bucket/x",
+        "gs://key:SECRET@bucket/x",
+        "hf://user:SECRET@org/name/x",
+        "az://container?sv=1&sig=SECRET",
+        "az://container/x?sv=1&sig=SECRET",
+        "abfss://container@account.dfs.core.windows.net/x?sig=SECRET",
+        "sftp://user:SECRET/SECRET@host:bad/x",
+    ],
+)
+def test_an_address_that_is_refused_is_shown_without_secrets(address: str) -> None:
+    with pytest.raises(UsageError, match=address.partition("://")[0]) as refused:
+        open_store(address)
+    assert "SECRET" not in str(refused.value)
 
 
 def test_opening_looks_nothing_up(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from shardtool.errors import AccessDenied, UsageError
 from shardtool.stores.accounts import AzureAccount
+from shardtool.stores.address import shown
 from shardtool.stores.base import check_key
 
 SCOPE = "https://storage.azure.com/.default"
@@ -64,6 +65,11 @@ class Address:
     @classmethod
     def of(cls, uri: str) -> Address:
         """Understand an address, or ``UsageError``."""
+        if "?" in uri:
+            raise UsageError(
+                f"{shown(uri)} has something behind a question mark: leave it out, and put a shared access signature"
+                " into AZURE_STORAGE_SAS_TOKEN"
+            )
         scheme, _, rest = uri.partition("://")
         place, _, prefix = rest.partition("/")
         prefix = prefix.strip("/")

@@ -92,7 +92,8 @@ def _size(entry: ElementTree.Element, path: str, where: str) -> int:
 
 def _parsed(body: bytes, where: str, name: str) -> ElementTree.Element:
     try:
-        if b"<!" in body:  # a document type, by whose entities a few bytes become many; CDATA is never sent
+        # A document type, by whose entities a few bytes become many, be it in UTF-16; CDATA is never sent.
+        if b"<!" in body or b"\0" in body:
             raise ElementTree.ParseError("it declares a document type")
         root = ElementTree.fromstring(body)
     except ElementTree.ParseError as error:

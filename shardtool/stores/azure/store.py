@@ -2,12 +2,12 @@
 
 ::
 
-    readinto ── GET of a range ── the body straight into the view (stores.ranged), its version pinned by If-Match
+    readinto ── GET of a range ── the body straight into the view (stores.wire), its version pinned by If-Match
     create   ── up to 8 MiB:  gathered, one Put Blob
              ── larger:       Put Block, several at a time straight from the caller's memory, then Put Block List
     exclusive                 If-None-Match: * on what makes it visible, whatever its size
 
-Azure's own libraries say who we are (``stores.azure_account``); all requests go through ``stores.wire``. Every blob
+Azure's own libraries say who we are (``stores.azure.account``); all requests go through ``stores.wire``. Every blob
 bears its writer's mark, so that an answer that was lost is not taken for a failure or for somebody else's blob.
 
 Blocks that are not committed belong to a name, not to a writer: whoever commits a name first drops the blocks of all
@@ -24,29 +24,30 @@ import time
 from base64 import b64decode, b64encode
 from binascii import Error as NotBase64
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import partial
 from typing import Any
 from urllib.parse import quote
 
-from shardtool.errors import AccessDenied, AlreadyExists, FormatError, NotFound, ShardtoolError, Unavailable
+from shardtool.errors import AccessDenied, AlreadyExists, FormatError, NotFound, ShardtoolError, Unavailable, UsageError
 from shardtool.stores import accounts
 from shardtool.stores.azure.account import Address, account_of
 from shardtool.stores.azure.errors import MISSING, Dropped, code_of, translated
 from shardtool.stores.azure.lists import Blob, Blocks, blobs_of, block_list, block_name, blocks_of
 from shardtool.stores.base import Buffer, CheckedWriter, Object, Store, Unfinished, check_key, is_key, target
-from shardtool.stores.wire.http import Answer, Request, Wire
+from shardtool.stores.wire.http import Answer, Request, Wire, whole_number
+from shardtool.stores.wire.pages import Pages
 from shardtool.stores.wire.pins import Pins
 from shardtool.stores.wire.ranged import Remote, fill
 from shardtool.stores.wire.retry import Again
+from shardtool.stores.wire.senders import Senders
 
 _MIB = 1 << 20
 _SMALL = 8 * _MIB
 _BLOCK = 4 * _MIB  # from here on Azure stores blocks at full speed
 _BLOCKS = 30_000  # the protocol's limit is 50,000; slices that are no multiples of a block make half as many more
-_SENDERS = 16
 _PER_PAGE = 5000
+_MOST = 1_000_000  # they are sorted here, so all of them are held
 _PAGE = 64 * _MIB  # of bytes: names have 1024 characters at most
 _WRITER = "x-ms-meta-shardtool_writer"
 _DISCARDED = "x-ms-meta-shardtool_discarded"
@@ -82,7 +83,7 @@ class AzureStore(Store):
         self._wire = wire or Wire(ca_bundle=accounts.ca_file())
         self._again = again
         self._pins = Pins()
-        self._senders = ThreadPoolExecutor(_SENDERS, "shardtool-upload")
+        self._senders = Senders()
 
     def list(self, prefix: str = "") -> Iterator[Object]:
         """The blobs whose key starts with ``prefix``, sorted: Azure's order is not always that of strings."""
@@ -91,6 +92,10 @@ class AzureStore(Store):
             if not _hidden(blob.about):
                 self._pins.keep(key, blob.tag, since)
                 found.append(Object(key, blob.size, blob.tag))
+            if len(found) > _MOST:
+                raise UsageError(
+                    f"{self.locate(prefix)} holds more than {_MOST} blobs: name the folder of a checkpoint"
+                )
         return iter(sorted(found, key=lambda object: object.key))
 
     def stat(self, key: str) -> Object:
@@ -213,13 +218,14 @@ class AzureStore(Store):
 
     def close(self) -> None:
         """Close the connections."""
-        self._senders.shutdown()
+        self._senders.close()
         self._account.signer.close()
         self._wire.close()
 
     def _listed(self, prefix: str, include: str) -> Iterator[tuple[str, Blob]]:
         """Pages of what the container lists; names that are no keys, such as markers of folders, are left out."""
         where, marker = self.locate(prefix), ""
+        taken = Pages(where)
         start = quote(self._prefix + prefix, safe="")
         while True:
             query = (
@@ -228,6 +234,7 @@ class AzureStore(Store):
             query += f"&marker={quote(marker, safe='')}" if marker else ""
             answer = self._tried(where, partial(self._signed, "GET", self._container, query), limit=_PAGE)
             blobs, following = blobs_of(answer.body, where)
+            taken.took(len(blobs))
             for blob in blobs:
                 if is_key(key := blob.name.removeprefix(self._prefix)):
                     yield key, blob
@@ -382,15 +389,7 @@ class _BlocksWriter(_Writer):
         pieces = [data[start : start + step] for start in range(0, len(data), step)]
         names = [block_name(len(self._blocks) + n, self._began, self._mark) for n in range(len(pieces))]
         self._blocks += names
-        sending = [self._store._senders.submit(self._send, *each) for each in zip(names[1:], pieces[1:], strict=True)]
-        try:
-            self._send(names[0], pieces[0])
-            for each in sending:
-                each.result()
-        finally:
-            for each in sending:
-                each.cancel()
-            wait(sending)  # the memory is the caller's again
+        self._store._senders.each([partial(self._send, *each) for each in zip(names, pieces, strict=True)])
 
     def _send(self, name: str, piece: memoryview) -> None:
         with piece:
@@ -414,10 +413,10 @@ def _tag(headers: Mapping[str, str]) -> str:
 
 
 def _size(headers: Mapping[str, str], where: str) -> int:
-    text = headers.get("content-length", "")
-    if not (text.isascii() and text.isdigit()):
+    size = whole_number(headers.get("content-length", ""))
+    if size is None:
         raise Unavailable(f"the server of {where} does not say how many bytes it has: try again")
-    return int(text)
+    return size
 
 
 def _hidden(headers: Mapping[str, str]) -> bool:

@@ -146,8 +146,9 @@ class RemoteStore(Store):
         with self._lock:
             lines, self._lines = self._lines, []
         for line in lines:
-            if line is lines[0]:
-                line.tidy(f"{self._root}/{temporary.FOLDER}", self._root)
+            with contextlib.suppress(Exception):  # it may have ended meanwhile, in a way that only its library knows
+                if line is lines[0]:
+                    line.tidy(f"{self._root}/{temporary.FOLDER}", self._root)
             line.close()
 
     def line(self) -> _Line:
@@ -200,6 +201,10 @@ class RemoteStore(Store):
             raise UsageError(f"{self.uri} needs another library: {' '.join(str(error).split())}") from error
         except ShardtoolError:
             raise
+        except ValueError as error:  # its text may have a part of the password
+            raise UsageError(
+                f"{self.uri} is no address that fsspec understands: correct it, and quote a password (%2F for a slash)"
+            ) from error
         except Exception as error:
             raise translated(error, self.uri) from error
         self._root = str(path).rstrip("/")

@@ -3,9 +3,9 @@
 ::
 
     list stat delete checksums ── google-cloud-storage
-    readinto ── GET of a range, of one generation ── straight into the view            stores.ranged
+    readinto ── GET of a range, of one generation ── straight into the view            stores.wire
     create   ── up to 8 MiB:  gathered, one POST with its CRC32C
-             ── larger:       a resumable upload, chunks from the caller's memory      stores.gcs_upload
+             ── larger:       a resumable upload, chunks from the caller's memory      stores.gcs.upload
              exclusive, of any size: ifGenerationMatch=0, which says that there is none
 
 An upload's chunks follow each other, so an object is as fast as one connection; several objects are written at a time.
@@ -26,11 +26,14 @@ from urllib.parse import quote
 
 from shardtool.errors import AlreadyExists, NotFound, ShardtoolError, StoreError, UsageError
 from shardtool.stores import accounts
+from shardtool.stores.address import shown
 from shardtool.stores.base import CheckedWriter, Object, Store, check_key, is_key, target
 from shardtool.stores.gcs.account import Account, expect_safe
 from shardtool.stores.gcs.errors import answered
 from shardtool.stores.gcs.upload import QUARTER, Session, extended, resource_of
 from shardtool.stores.wire.http import Answer, Request, Wire
+from shardtool.stores.wire.pages import Pages
+from shardtool.stores.wire.pins import Pins
 from shardtool.stores.wire.ranged import Remote, fill
 from shardtool.stores.wire.retry import Again
 
@@ -67,10 +70,11 @@ class GcsStore(Store):
         bucket, _, prefix = uri.partition("://")[2].partition("/")
         prefix = prefix.strip("/")
         if not uri.startswith("gs://") or not _BUCKET.fullmatch(bucket):
-            raise UsageError(f"{uri!r} names no bucket of Google's: write gs://bucket/folder")
+            raise UsageError(f"{shown(uri)!r} names no bucket of Google's: write gs://bucket/folder")
         self.uri = f"gs://{bucket}/{prefix}" if prefix else f"gs://{bucket}"
         self._prefix = f"{check_key(prefix)}/" if prefix else ""
         self._again = again
+        self._pins = Pins()
         self._account = Account(self.uri, endpoint=endpoint, credentials=credentials)
         self._wire = wire or Wire(ca_bundle=accounts.ca_file())
         self._bucket = self._account.client.bucket(bucket)
@@ -80,6 +84,7 @@ class GcsStore(Store):
 
     def list(self, prefix: str = "") -> Iterator[Object]:
         """The objects whose key starts with ``prefix``, asked for in pages; markers of empty folders are hidden."""
+        since = self._pins.since()
         start, client, token = self._prefix + prefix, self._account.client, None
 
         def page() -> tuple[list[Any], Any]:
@@ -88,25 +93,29 @@ class GcsStore(Store):
             )
             return list(next(found.pages, ())), found.next_page_token
 
+        taken = Pages(self.locate(prefix))
         while True:
             blobs, token = self._tried(self.locate(prefix), page)
+            taken.took(len(blobs))
             for blob in blobs:
                 key = blob.name.removeprefix(self._prefix)
                 if is_key(key):
+                    self._pins.keep(key, str(blob.generation), since)
                     yield Object(key, blob.size or 0, str(blob.generation))
             if not token:
                 return
 
     def stat(self, key: str) -> Object:
         """Raises ``NotFound`` where there is no such object."""
-        blob = self._blob(key)
+        since, blob = self._pins.since(), self._blob(key)
+        self._pins.keep(key, str(blob.generation), since)
         return Object(key, blob.size or 0, str(blob.generation))
 
     def readinto(self, key: str, start: int, view: memoryview) -> None:
-        """Fill ``view`` from one generation; what a broken connection did not bring is asked for again."""
+        """Fill ``view`` from one generation, that which was seen last; what a cut did not bring is asked for again."""
         memory, where = target(start, view), self.locate(check_key(key))
         address = f"{self._account.endpoint}{self._objects}/{quote(self._prefix + key, safe='')}?alt=media"
-        pinned = ""
+        pinned = known = self._pins.of(key)
         used: dict[str, str] = {}
 
         def request(first: int, last: int) -> Request:
@@ -119,7 +128,7 @@ class GcsStore(Store):
         def version(headers: Mapping[str, str]) -> str:
             nonlocal pinned
             pinned = pinned or headers.get("x-goog-generation", "")
-            return headers.get("x-goog-generation") or headers.get("etag", "")
+            return headers.get("x-goog-generation") or known or headers.get("etag", "")
 
         remote = Remote(
             where,
@@ -129,7 +138,7 @@ class GcsStore(Store):
             lambda: self._account.renew(used, where),
             lambda: self.stat(key).size,
         )
-        fill(self._wire, remote, start, memory, again=self._again)
+        fill(self._wire, remote, start, memory, again=self._again, version=known)
 
     def create(self, key: str, size: int, *, exclusive: bool = False) -> CheckedWriter:
         """Begin an object: one over 8 MiB is uploaded in chunks. Any size can be exclusive.
@@ -175,10 +184,11 @@ class GcsStore(Store):
     def _remove(self, key: str, generation: int | None = None) -> None:
         blob = self._bucket.blob(self._prefix + check_key(key))
         try:
-            self._tried(
-                self.locate(key),
-                lambda: blob.delete(if_generation_match=generation, retry=None, timeout=_TIMEOUT),
-            )
+            with self._pins.changing(key):
+                self._tried(
+                    self.locate(key),
+                    lambda: blob.delete(if_generation_match=generation, retry=None, timeout=_TIMEOUT),
+                )
         except NotFound as error:
             if "bucket" in str(error):
                 raise
@@ -285,7 +295,8 @@ class _SmallWriter(_GcsWriter):
         body[self._crc_at : self._crc_at + len(said)] = said
         headers = {"Content-Type": f'multipart/related; boundary="{self._mark}"'}
         try:
-            answer = self._store._posted(self._where, self._query("multipart"), body, headers)
+            with self._store._pins.changing(self._key):
+                answer = self._store._posted(self._where, self._query("multipart"), body, headers)
         except AlreadyExists as error:
             self._expect_own(error)
         else:
@@ -329,7 +340,8 @@ class _ChunksWriter(_GcsWriter):
 
     def _commit(self) -> None:
         try:
-            self._session.send(memoryview(bytes(self._rest)), _said(self._crc))
+            with self._store._pins.changing(self._key):
+                self._session.send(memoryview(bytes(self._rest)), _said(self._crc))
         except AlreadyExists as error:
             self._expect_own(error)
         else:

@@ -27,8 +27,9 @@ from functools import partial
 from typing import Any, NoReturn
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
-from shardtool.errors import AccessDenied, FormatError, NotFound, ShardtoolError, StoreError, Unavailable, UsageError
-from shardtool.stores.base import Object, Store, check_key, is_key, target
+from shardtool.errors import AccessDenied, FormatError, NotFound, ShardtoolError, Unavailable, UsageError
+from shardtool.stores.address import shown
+from shardtool.stores.base import Object, Replaced, Store, check_key, is_key, target
 from shardtool.stores.hub.errors import refused
 from shardtool.stores.local.store import LocalStore
 from shardtool.stores.wire.http import Answer, Request, Wire
@@ -64,11 +65,11 @@ class Place:
         """
         rest = uri.partition("://")[2].rstrip("/").removeprefix("models/")
         if rest.partition("/")[0] in _KINDS:
-            raise UsageError(f"{uri!r} is no model: of the hub only models are read, write hf://org/name")
+            raise UsageError(f"{shown(uri)!r} is no model: of the hub only models are read, write hf://org/name")
         found = _ADDRESS.fullmatch(rest)
         if not found or "--" in found[1] or ".." in found[1]:
             raise UsageError(
-                f"{uri!r} names no model: write hf://org/name, hf://org/name@revision or hf://org/name/folder"
+                f"{shown(uri)!r} names no model: write hf://org/name, hf://org/name@revision or hf://org/name/folder"
             )
         return cls(found[1], unquote(found[2]) if found[2] else None, check_key(found[3]) if found[3] else "")
 
@@ -370,7 +371,7 @@ class HubStore(Store):
         answer = self._head(key, url)
         said = answer.headers.get("x-linked-etag", "").removeprefix("W/").strip('"')
         if said not in ("", found.oid):
-            raise StoreError(f"{self.locate(key)} was replaced while it was read: start again")
+            raise Replaced(f"{self.locate(key)} was replaced while it was read: start again")
         to = urljoin(url, answer.headers.get("location", "")) if answer.status in _MOVED else url
         # A redirect from https to http is left to the wire, which refuses it.
         trusted = urlsplit(to).scheme in ("https", urlsplit(url).scheme)

@@ -21,6 +21,7 @@ from shardtool.stores.redis.records import Entry, Layout, Names, Record
 from shardtool.stores.redis.values import layout_of
 from shardtool.stores.redis.wire import Address, Command, Pool, Reply
 from shardtool.stores.wire.link import Pace
+from shardtool.stores.wire.pins import Pins
 from shardtool.stores.wire.retry import Again
 
 _BATCH = 500
@@ -60,13 +61,17 @@ return 1
 
 
 class Ledger:
-    """The records and writers of one name. ``known``: records as they were last seen, which may be old."""
+    """The records and writers of one name.
+
+    ``known``: records as they were last seen, which may be old. ``pins``: the versions (ids of writers) to be read.
+    """
 
     def __init__(self, address: Address, again: Again, pace: Pace) -> None:
         self.names = Names(address.name)
         self.again = again
         self.pool = Pool(address, pace)
         self.known: dict[str, Record] = {}
+        self.pins = Pins()
         self._uri = address.uri
         self._objects = self.names.objects.encode()
         self._writers = self.names.writers.encode()
@@ -141,7 +146,8 @@ class Ledger:
         state, old = b"changed", b""
         while state == b"changed":
             doomed = [name.encode() for name in self._published(key, old) if name not in kept]
-            state, old = self._run(where, _COMMIT, 2, *made, old, b"%d" % len(renames), *pairs, *doomed)
+            with self.pins.changing(key):
+                state, old = self._run(where, _COMMIT, 2, *made, old, b"%d" % len(renames), *pairs, *doomed)
         if state == b"exists":
             raise AlreadyExists(f"{where} exists already: delete it or choose another name")
         if state == b"gone":
@@ -155,7 +161,8 @@ class Ledger:
         state, old = b"changed", b""
         while state == b"changed":
             doomed = [name.encode() for name in self._published(key, old)]
-            state, old = self._run(where, _DELETE, 1, key.encode(), old, *doomed)
+            with self.pins.changing(key):
+                state, old = self._run(where, _DELETE, 1, key.encode(), old, *doomed)
         self.known.pop(key, None)
         self._replaced(where, old)
 
@@ -238,8 +245,12 @@ class Ledger:
         return [extent.key for _, extent in placed if extent.key != self.names.piece(made.id, 0)]
 
     def _sent(self, id: str, entry: Entry) -> int:
-        lengths: list[Command] = [(b"STRLEN", self.names.piece(id, number).encode()) for number in range(entry.pieces)]
-        return sum(size for size in self.deliver(self.locate(entry.key), lengths) if isinstance(size, int))
+        where, sent = self.locate(entry.key), 0
+        for first in range(0, entry.pieces, _BATCH):
+            numbers = range(first, min(first + _BATCH, entry.pieces))
+            lengths: list[Command] = [(b"STRLEN", self.names.piece(id, number).encode()) for number in numbers]
+            sent += sum(size for size in self.deliver(where, lengths) if isinstance(size, int))
+        return sent
 
     def _run(self, where: str, script: bytes, keys: int, *arguments: Buffer) -> tuple[bytes, bytes]:
         said = self.ask(where, b"EVAL", script, b"%d" % keys, *(self._objects, self._writers)[:keys], *arguments)

@@ -5,7 +5,7 @@ Below the name ``N`` of a checkpoint::
     N/objects            a hash: an object's key -> its Record. What is not in it does not exist
     N/writers            a hash: a writer's id -> its Entry, from before its first byte is sent until its bytes are gone
     N/chunks/<id>/<n>    the bytes that the writer with this id sent: piece n of its object
-    N/keys/rank_R/...    for SGLang, see ``stores.redis_values``
+    N/keys/rank_R/...    for SGLang, see ``stores.redis.values``
     N/files/...          likewise
 
 A writer's id is part of every key that it writes, so that a new version of an object never touches the bytes of the
@@ -110,7 +110,7 @@ class Entry:
         try:
             kept = json.loads(text)
             made = cls(str(kept["key"]), float(kept["since"]), int(kept["pieces"]), bool(kept["discarded"]))
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return None
         return made if 0 <= made.pieces < 1 << 24 else None
 

@@ -1,7 +1,7 @@
 """Writes files so that SGLang can read them from Redis: a rank's file as one value per tensor, a text as one value.
 
 Values grow below the writer's id and are renamed when the file is committed. The header of a rank's file is kept beside
-them, so that it can be read as a file again. ``redis_values`` says what SGLang wants.
+them, so that it can be read as a file again. ``stores.redis.values`` says what SGLang wants.
 """
 
 from __future__ import annotations

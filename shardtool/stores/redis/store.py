@@ -6,9 +6,9 @@
     commit   ── one script: the object's record now names this writer; what the old one wrote is removed after that
     readinto ── the chunks straight into the view, and in the same breath the record: was it this version throughout?
 
-``redis_records`` says which keys there are, ``redis_ledger`` what makes them valid; no library is needed. How durable
+``redis.records`` says which keys there are, ``redis.ledger`` what makes them valid; no library is needed. How durable
 an object is when ``commit`` returns is the server's setting. ``for=sglang`` in the address makes what is written
-readable by SGLang as well (``redis_sglang``); reading needs no such word.
+readable by SGLang as well (``redis.sglang``); reading needs no such word.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 
 from shardtool.errors import FormatError, StoreError, Unavailable
-from shardtool.stores.base import CheckedWriter, Object, Store, Unfinished, check_key, is_key, target
+from shardtool.stores.base import CheckedWriter, Object, Replaced, Store, Unfinished, check_key, is_key, target
 from shardtool.stores.redis.ledger import Ledger
 from shardtool.stores.redis.records import (
     CHUNK,
@@ -55,26 +55,33 @@ class RedisStore(Store):
 
     def list(self, prefix: str = "") -> Iterator[Object]:
         """All objects at one moment."""
-        found = self._ledger.records()
+        since, found = self._ledger.pins.since(), self._ledger.records()
         for key in sorted(key for key in found if key.startswith(prefix) and is_key(key)):
+            self._ledger.pins.keep(key, found[key].id, since)
             yield Object(key, found[key].size, found[key].id)
 
     def stat(self, key: str) -> Object:
         """Raises ``NotFound`` where there is no such object."""
-        record = self._ledger.record(check_key(key))
+        since, record = self._ledger.pins.since(), self._ledger.record(check_key(key))
+        self._ledger.pins.keep(key, record.id, since)
         return Object(key, record.size, record.id)
 
     def readinto(self, key: str, start: int, view: memoryview) -> None:
-        """Fill ``view`` with bytes of one version: one that is replaced meanwhile is read anew."""
+        """Fill ``view`` with bytes of one version: that which was seen last, or else one that stays meanwhile.
+
+        An object that was listed or looked at and is another one now is ``Replaced``.
+        """
         memory = target(start, view)
         check_key(key)
         if not memory:
             return
-        end = start + len(memory)
+        end, pin = start + len(memory), self._ledger.pins.of(key)
         record = self._ledger.known.get(key) or self._ledger.record(key)
         for _ in range(_VERSIONS):
-            if end > record.size:
+            if end > record.size or pin not in ("", record.id):
                 record = self._ledger.record(key)
+            if pin not in ("", record.id):
+                raise Replaced(f"{self.locate(key)} was replaced while it was read: start again")
             if end > record.size:
                 raise FormatError(f"{self.locate(key)} ends at byte {record.size}, before byte {end}")
             whole, now = self._read(key, record, start, memory)

@@ -29,7 +29,8 @@ from shardtool.stores.wire.link import Link, Pace, connect
 _INLINE = 16 << 10  # arguments up to this size are sent together with what is before them
 _LINE = 64 << 10
 _REPLY = 64 << 20
-_ITEMS = 1 << 26
+_WHOLE = 512 << 20  # bytes of all that is in one reply
+_ITEM = 64  # bytes that one of a list costs at least
 _DEPTH = 4
 _PORT = 6379
 
@@ -139,6 +140,7 @@ class Wire:
         self.owed = 0
         self.heard = False
         self._link = link
+        self._room = 0  # bytes that the reply may still take
         self._input = link.makefile("rb")
 
     def send(self, *arguments: Buffer | tuple[Buffer, ...]) -> None:
@@ -183,6 +185,7 @@ class Wire:
     def reply(self, limit: int = _REPLY) -> Reply:
         """The next reply; no part of it may be longer than ``limit`` bytes. An error is a ``Refusal``."""
         self._link.expect()
+        self._room = _WHOLE
         found = self._reply(limit, 0)
         self.owed -= 1
         if isinstance(found, Refusal):
@@ -232,15 +235,17 @@ class Wire:
                 size = self._number(text)
                 if size < 0:
                     return None
-                if size > limit:
+                if size > min(limit, self._room):
                     raise ProtocolError(f"it sends a value of {size} bytes where at most {limit} make sense")
+                self._room -= size
                 data = bytearray(size)
                 self._fill(memoryview(data))
                 self._end()
                 return bytes(data)
             case b"*":
                 count = self._number(text)
-                if count > _ITEMS or depth >= _DEPTH:
+                self._room -= _ITEM * max(0, count)
+                if self._room < 0 or depth >= _DEPTH:
                     raise ProtocolError("it sends more than anybody has asked for")
                 items: list[Reply] = []
                 for _ in range(count):

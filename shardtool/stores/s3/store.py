@@ -2,9 +2,9 @@
 
 ::
 
-    readinto ── ranged GETs over our own wire, straight into the view      stores.ranged
+    readinto ── ranged GETs over our own wire, straight into the view      stores.wire
     create   ── up to 8 MiB:  gathered, one PUT                            exclusive: with If-None-Match
-             ── larger:       parts of 8 MiB, several at a time, straight from the caller's memory
+             ── larger:       parts of 5 MiB, several at a time, straight from the caller's memory
     list, stat, delete, the beginning and the end of an upload ── boto3
 
 Endpoint, region and credentials are boto3's business (``AWS_PROFILE``, ``AWS_ENDPOINT_URL``, ...). Not every server is
@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
-from functools import cached_property
+from contextlib import AbstractContextManager, suppress
 from typing import Any, TypeVar
 
 from shardtool.errors import (
@@ -30,6 +28,7 @@ from shardtool.errors import (
     Unavailable,
     UsageError,
 )
+from shardtool.stores.address import shown
 from shardtool.stores.base import CheckedWriter, Object, Store, Unfinished, check_key, is_key, target
 from shardtool.stores.s3.checksum import Checksum, best, kept
 from shardtool.stores.s3.client import NOTHING, Access, Client
@@ -40,13 +39,14 @@ from shardtool.stores.s3.write import (
     SmallWriter,
     kept_of,
     payload_of,
-    senders,
     unit,
 )
 from shardtool.stores.wire.http import Answer
+from shardtool.stores.wire.pages import Pages
 from shardtool.stores.wire.pins import Pins
 from shardtool.stores.wire.ranged import Remote, fill
 from shardtool.stores.wire.retry import Again
+from shardtool.stores.wire.senders import Senders
 
 __all__ = ["Access", "S3Store"]
 
@@ -67,10 +67,11 @@ class S3Store(Store):
     def __init__(self, uri: str, *, attempts: int = 5, backoff: float = 0.5, access: Access | None = None) -> None:
         bucket, _, prefix = uri.partition("://")[2].partition("/")
         prefix = prefix.strip("/")
-        if not uri.startswith("s3://") or not bucket:
-            raise UsageError(f"{uri!r} names no bucket: write s3://bucket/folder")
+        if not uri.startswith("s3://") or not bucket or "@" in bucket:
+            raise UsageError(f"{shown(uri)!r} names no bucket: write s3://bucket/folder, without user and password")
         self.uri = f"s3://{bucket}/{prefix}" if prefix else f"s3://{bucket}"
         self._pins = Pins()
+        self.senders = Senders()
         self._bucket = bucket
         self._prefix = f"{check_key(prefix)}/" if prefix else ""
         attempts = max(1, attempts)
@@ -162,12 +163,17 @@ class S3Store(Store):
 
     def unfinished(self, prefix: str = "") -> Iterator[Unfinished]:
         """The uploads that were neither completed nor aborted."""
-        for page in self._pages(self.locate(prefix), "list_multipart_uploads", Prefix=self._prefix + prefix):
-            for item in page.get("Uploads", ()):
-                key = item["Key"].removeprefix(self._prefix)
-                if item["Key"].startswith(self._prefix) and is_key(key):
-                    size = self._uploaded(key, item["UploadId"])
-                    yield Unfinished(key, item["UploadId"], item["Initiated"].timestamp(), size)
+        try:
+            for page in self._pages(self.locate(prefix), "list_multipart_uploads", Prefix=self._prefix + prefix):
+                for item in page.get("Uploads", ()):
+                    key = item["Key"].removeprefix(self._prefix)
+                    if item["Key"].startswith(self._prefix) and is_key(key):
+                        size = self._uploaded(key, item["UploadId"])
+                        yield Unfinished(key, item["UploadId"], item["Initiated"].timestamp(), size)
+        except NotFound as error:  # as rclone says that there are none
+            said = getattr(error.__cause__, "response", {})
+            if said.get("Error", {}).get("Code") != "NoSuchUpload":
+                raise
 
     def discard(self, left: Unfinished) -> None:
         """Abort an upload that ``unfinished`` found."""
@@ -175,8 +181,7 @@ class S3Store(Store):
 
     def close(self) -> None:
         """Close the connections."""
-        if "senders" in self.__dict__:
-            self.senders.shutdown()
+        self.senders.close()
         self._client.close()
 
     # what the writers need
@@ -190,11 +195,6 @@ class S3Store(Store):
     def tls(self) -> bool:
         """Whether nobody on the way can read or change what is sent."""
         return str(self._client.api.meta.endpoint_url).startswith("https://")
-
-    @cached_property
-    def senders(self) -> ThreadPoolExecutor:
-        """Threads that send parts."""
-        return senders()
 
     def changing(self, key: str) -> AbstractContextManager[None]:
         """While the block runs, and after it, no version of the object is known."""
@@ -324,10 +324,12 @@ class S3Store(Store):
 
     def _pages(self, where: str, operation: str, **request: Any) -> Iterator[dict[str, Any]]:
         pages = self._client.api.get_paginator(operation)
-        found = iter(pages.paginate(Bucket=self._bucket, **request))
+        found, taken = iter(pages.paginate(Bucket=self._bucket, **request)), Pages(where)
         while page := self._asked(where, lambda _: next(found, None)):
-            if "IsTruncated" not in page:  # botocore takes an empty answer for an empty list
+            # botocore takes an empty answer for an empty list. Of uploads, rclone does not say whether there are more.
+            if "IsTruncated" not in page and "Bucket" not in page:
                 raise Unavailable(f"the server of {where} does not list what is there: try again")
+            taken.took(sum(len(page.get(kind, ())) for kind in ("Contents", "Uploads", "Parts")))
             yield page
 
     def _asked(self, where: str, call: Callable[[Any], T]) -> T:
@@ -387,7 +389,8 @@ class _Asking:
         """The error that an answer means. It may be tried again where credentials or the region are others now."""
         if redirected(answer):
             self._client.forget()
-            self._store._asked(self.where, lambda api: api.head_object(Bucket=self._store._bucket, Key=self._key))
+            with suppress(NotFound, AccessDenied):  # of the object; where the bucket lies botocore knows then
+                self._store._asked(self.where, lambda api: api.head_object(Bucket=self._store._bucket, Key=self._key))
             return Unavailable(f"the bucket of {self.where} lies in another region: set AWS_REGION")
         error = refused(answer, self.where)
         if isinstance(error, AccessDenied) and self.renewed():

@@ -1,6 +1,6 @@
 """How objects get to S3: a small one in one request, a large one in parts, several at a time from the caller's memory.
 
-Each request bears a checksum that the server verifies where it can (``s3_checksum``). A server that keeps none gets
+Each request bears a checksum that the server verifies where it can (``s3.checksum``). A server that keeps none gets
 hashed bytes where the way is not TLS, and the rest is TLS's business.
 """
 
@@ -9,10 +9,9 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 from shardtool.errors import NotFound, ShardtoolError
@@ -20,12 +19,12 @@ from shardtool.stores.base import CheckedWriter
 from shardtool.stores.s3.checksum import Checksum, kept
 from shardtool.stores.s3.client import UNSIGNED
 from shardtool.stores.wire.http import Answer
+from shardtool.stores.wire.senders import Senders
 
 MIB = 1 << 20
 SMALL = 8 * MIB
-PART = 8 * MIB
+PART = 5 * MIB  # the least that servers take: smaller parts, smaller memory
 PARTS = 9000  # the protocol's limit is 10,000
-SENDERS = 16
 _WRITER = "shardtool-writer"  # metadata by which a writer knows its own object again
 
 
@@ -49,7 +48,7 @@ class Bucket(Protocol):
         """Whether the server is Amazon's own."""
 
     @property
-    def senders(self) -> ThreadPoolExecutor:
+    def senders(self) -> Senders:
         """Threads that send parts."""
 
     def locate(self, key: str) -> str:
@@ -128,11 +127,9 @@ class PartsWriter(CheckedWriter):
         if self._written + len(data) < self._size and len(pieces[-1]) < self.unit:
             last = pieces.pop()  # too small to stand alone
             pieces[-1] = data[len(data) - len(last) - self.unit :]
-        if len(pieces) == 1:
-            self._parts.append(self._send(first, pieces[0]))
-            return
-        sent = [self._store.senders.submit(self._send, first + at, piece) for at, piece in enumerate(pieces)]
-        self._parts += _results(sent)
+        self._parts += self._store.senders.each(
+            [partial(self._send, first + at, piece) for at, piece in enumerate(pieces)]
+        )
 
     def _send(self, number: int, piece: memoryview) -> _Part:
         """Send a part, as often as it takes."""
@@ -202,14 +199,3 @@ def kept_of(answer: Answer) -> dict[str, str]:
     for name in ("crc32", "crc64nvme"):
         found[f"Checksum{name.upper()}"] = answer.headers.get(f"x-amz-checksum-{name}", "")
     return kept(found)
-
-
-def senders() -> ThreadPoolExecutor:
-    """The threads that send the parts of all writers of a store."""
-    return ThreadPoolExecutor(SENDERS, thread_name_prefix="shardtool-upload")
-
-
-def _results(sent: list[Future[_Part]]) -> list[_Part]:
-    """All parts, once nothing is under way any more: only then the memory is free."""
-    wait(sent)
-    return [future.result() for future in sent]

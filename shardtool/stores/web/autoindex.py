@@ -7,13 +7,18 @@ tells sizes, or a page of links with a title that begins as ``TITLES`` do, whose
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
-from html.parser import HTMLParser
+from html import unescape
 from urllib.parse import unquote, urlsplit
 
 from shardtool.stores.base import is_key
 
 TITLES = ("index of", "directory listing for")
+_LONGEST = 4096  # characters of a link: a name has 1024 bytes at most, which may be quoted
+# Python's own parser of HTML takes the square of the time for a page that is made so.
+_TITLE = re.compile(r"<title[^<>]*>\s*([^<]{1,40})", re.IGNORECASE)
+_LINK = re.compile(r"""<a\s[^<>]*?href\s*=\s*(?:"([^"<>]*)"|'([^'<>]*)'|([^\s"'<>]+))""", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,19 +51,24 @@ def _of_json(body: bytes) -> list[Listed] | None:
         folder = item.get("type") == "directory" or item.get("is_dir") is True
         name, size = item["name"].rstrip("/"), item.get("size")
         if _is_name(name):
-            found.append(Listed(name, folder, size if isinstance(size, int) and size >= 0 else -1))
+            found.append(Listed(name, folder, size if type(size) is int and 0 <= size < 1 << 62 else -1))
     return found
 
 
 def _of_html(body: bytes) -> list[Listed] | None:
-    page = _Page()
-    page.feed(body.decode("utf-8", errors="surrogateescape"))
-    page.close()
-    if not page.title.strip().lower().startswith(TITLES):
+    page = body.decode("utf-8", errors="surrogateescape")
+    title = _TITLE.search(page)
+    if title is None or not title[1].lower().startswith(TITLES):
         return None
     found = {}
-    for link in page.links:
-        parts = urlsplit(link)
+    for groups in _LINK.findall(page):
+        link = "".join(groups)
+        if len(link) > _LONGEST:
+            continue
+        try:
+            parts = urlsplit(unescape(link))
+        except ValueError:
+            continue
         if parts.scheme or parts.netloc or parts.query or parts.fragment:
             continue  # a link to another order, or out of here
         name = unquote(parts.path.removeprefix("./"), errors="surrogateescape")
@@ -69,23 +79,3 @@ def _of_html(body: bytes) -> list[Listed] | None:
 
 def _is_name(name: str) -> bool:
     return "/" not in name and is_key(name)
-
-
-class _Page(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.title = ""
-        self.links: list[str] = []
-        self._in_title = False
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._in_title = tag == "title"
-        if tag == "a":
-            self.links += [value for name, value in attrs if name == "href" and value]
-
-    def handle_endtag(self, tag: str) -> None:
-        self._in_title = False
-
-    def handle_data(self, data: str) -> None:
-        if self._in_title:
-            self.title += data

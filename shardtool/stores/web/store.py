@@ -27,7 +27,7 @@ from shardtool.stores import accounts
 from shardtool.stores.address import shown
 from shardtool.stores.base import CheckedWriter, Object, Store, check_key, is_key, target
 from shardtool.stores.web import autoindex
-from shardtool.stores.wire.http import Answer, Request, Wire
+from shardtool.stores.wire.http import Answer, Request, Wire, whole_number
 from shardtool.stores.wire.ranged import Remote, fill, passing
 from shardtool.stores.wire.retry import Again
 
@@ -56,6 +56,7 @@ _ASKERS = 8
 _MOST_JSON = 256 << 20
 _MOST_PAGE = 64 << 20
 _MOST_FILES = 200_000
+_MOST_FOLDERS = 10_000  # links of a server may lead around in a circle
 _DEEPEST = 16
 
 
@@ -96,10 +97,8 @@ class HttpStore(Store):
         """Raises ``NotFound`` where there is no such file, or a folder."""
         check_key(key)
         answer = self._asked("HEAD", key)
-        length = answer.headers.get("content-length", "")
-        if answer.status in (200, 204) and length.isdigit():
-            size = int(length)
-        else:  # some servers and most signed addresses know only GET
+        size = whole_number(answer.headers.get("content-length", ""))
+        if answer.status not in (200, 204) or size is None:  # some servers and most signed addresses know only GET
             answer = self._asked("GET", key, Range="bytes=0-0")
             size = self._size_of(answer, key)
         found = self._known[key] = Object(key, size, _version(answer.headers))
@@ -162,12 +161,12 @@ class HttpStore(Store):
 
     def _size_of(self, answer: Answer, key: str) -> int:
         where = self.locate(key)
-        total = answer.headers.get("content-range", "").rpartition("/")[2]
-        length = answer.headers.get("content-length", "")
-        if answer.status in (206, 416) and total.isdigit():  # 416: of no bytes at all, not even the first is there
-            return int(total)
-        if answer.status == 200 and length.isdigit():
-            return int(length)
+        total = whole_number(answer.headers.get("content-range", "").rpartition("/")[2])
+        length = whole_number(answer.headers.get("content-length", ""))
+        if answer.status in (206, 416) and total is not None:  # 416: not even the first byte is there
+            return total
+        if answer.status == 200 and length is not None:
+            return length
         if answer.status in (200, 206):
             raise StoreError(f"the server of {where} does not say how large it is: copy the files to a folder first")
         raise _refused(answer, where)
@@ -188,9 +187,9 @@ class HttpStore(Store):
     def _listed(self, prefix: str) -> dict[str, int] | None:
         """Sizes by key as the server lists them; None if it lists nothing."""
         found: dict[str, int] = {}
-        folders = [""]
+        folders, seen = [""], 0
         while folders:
-            folder = folders.pop()
+            folder, seen = folders.pop(), seen + 1
             entries = self._page(folder)
             if entries is None:
                 if not folder:
@@ -204,8 +203,11 @@ class HttpStore(Store):
                         folders.append(f"{key}/")
                 elif key.startswith(prefix):
                     found[key] = entry.size
-            if len(found) + len(folders) > _MOST_FILES:
-                raise FormatError(f"{self.uri} lists more than {_MOST_FILES} files, too many for a checkpoint")
+            if len(found) > _MOST_FILES or seen + len(folders) > _MOST_FOLDERS:
+                raise FormatError(
+                    f"{self.uri} lists more than {_MOST_FILES} files or {_MOST_FOLDERS} folders, too many for a"
+                    " checkpoint"
+                )
         return found
 
     def _page(self, folder: str) -> Sequence[autoindex.Listed] | None:

@@ -39,6 +39,7 @@ from shardtool.stores.wire.link import Link, Pace, Proxy, connect
 from shardtool.stores.wire.retry import Lane, Lanes
 
 _PORTS = {"http": 80, "https": 443}
+_CHUNKED = 1 << 20  # bytes taken at once of a body without a length: what came of them is lost with the connection
 _IDLE = 20.0  # seconds after which a connection is rather made anew than used again
 _ELSEWHERE = frozenset(
     {"accept", "accept-encoding", "if-match", "if-none-match", "if-range", "if-unmodified-since", "range", "user-agent"}
@@ -127,6 +128,7 @@ class Wire(AbstractContextManager["Wire"]):
     def lanes(self, url: str) -> Lanes:
         """The requests under way at a URL's server."""
         with self._lock:
+            self._expect_own()
             return self._lanes.setdefault(_server(url), Lanes(self._most))
 
     def close(self) -> None:
@@ -176,10 +178,11 @@ class Wire(AbstractContextManager["Wire"]):
                     )
                 except BaseException as error:
                     link.shut()
-                    if isinstance(error, ValueError | http.client.InvalidURL):
+                    if isinstance(error, ValueError | http.client.InvalidURL):  # its text may have what is signed
                         raise UsageError(
-                            f"{where} cannot be asked for ({_text(error)}): correct the address"
-                        ) from error
+                            f"{where} cannot be asked for: its address or what proves who we are has a character that"
+                            " HTTP does not allow, such as a space or the end of a line; correct it"
+                        ) from None
                     if not isinstance(error, OSError | http.client.HTTPException):
                         raise
                     if link.reused and request.method in ("GET", "HEAD") and not isinstance(error, TimeoutError):
@@ -211,11 +214,16 @@ class Wire(AbstractContextManager["Wire"]):
 
     def _taken(self, server: tuple[str, str, int]) -> Link | None:
         with self._lock:
-            if self._process != os.getpid():  # the connections are the parent's
-                self._process = os.getpid()
-                self._idle.clear()
+            self._expect_own()
             idle = self._idle.get(server)
             return idle.pop() if idle else None
+
+    def _expect_own(self) -> None:
+        """A process that was forked off has neither the connections of its parent nor the requests that are on them."""
+        if self._process != os.getpid():
+            self._process = os.getpid()
+            self._idle.clear()
+            self._lanes.clear()
 
     def _give_back(self, server: tuple[str, str, int], link: Link) -> None:
         link.quiet_since = time.monotonic()
@@ -317,7 +325,7 @@ class Reply(AbstractContextManager["Reply"]):
 
     def _next(self, view: memoryview) -> int:
         if self._left is None or self._left < 0:
-            count = self._response.readinto(view)
+            count = self._response.readinto(view[:_CHUNKED])
             if not count and self._left == -1:
                 self._left = 0
             return count
@@ -346,6 +354,11 @@ class Reply(AbstractContextManager["Reply"]):
             self._link.clean = False
             if self.status < 300 and self._method != "HEAD":
                 raise http.client.HTTPException("it sends more than it says")
+
+
+def whole_number(text: str) -> int | None:
+    """The number that a header says, or None if that is none: other digits than ours, or too many."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
 
 
 def unavailable(error: BaseException, where: str) -> Unavailable:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from shardtool.errors import FormatError, ShardtoolError, StoreError, Unavailable
+from shardtool.stores.base import Replaced
 from shardtool.stores.wire.http import Answer, Reply, Request, Wire
 from shardtool.stores.wire.retry import PASSING, Again, Busy, retry_after
 
@@ -52,8 +53,8 @@ class Remote:
 def fill(wire: Wire, remote: Remote, start: int, view: memoryview, *, again: Again = Again(), version: str = "") -> str:  # noqa: B008
     """Fill ``view`` (writable, of single bytes) with an object's bytes from ``start``; gives their version.
 
-    ``version``: the one that they must have, if it is known already. An object that is replaced meanwhile is a
-    ``StoreError``, one that ends before is a ``FormatError``, a server that stays away is ``Unavailable``.
+    ``version``: the one that they must have, if it is known already. An object that is replaced meanwhile is
+    ``Replaced``, one that ends before is a ``FormatError``, a server that stays away is ``Unavailable``.
     """
     job = _Job(wire, remote, start, view, version)
     trying = again.trying()
@@ -123,7 +124,7 @@ class _Job:
         if answer.status == 416:
             return FormatError(f"{where} ends before the bytes that were asked for")
         if answer.status == 412:
-            return StoreError(f"{where} was replaced while it was read: start again")
+            return Replaced(f"{where} was replaced while it was read: start again")
         return self._remote.refused(answer)
 
     def _expect(self, reply: Reply, first: int, last: int) -> int:
@@ -131,14 +132,14 @@ class _Job:
         where, wanted = self._remote.where, last + 1 - first
         version = self._remote.version(reply.headers)
         if self.version not in ("", version):
-            raise StoreError(f"{where} was replaced while it was read: start again")
+            raise Replaced(f"{where} was replaced while it was read: start again")
         if reply.status == 200 and "content-range" not in reply.headers:
             self.version = version
             return self._expect_whole(reply, first, wanted)
         said = _RANGE.fullmatch(reply.headers.get("content-range", ""))
         total = said[3] if said else "*"
         if "*" not in (self._total, total) and total != self._total:
-            raise StoreError(f"{where} was replaced while it was read: start again")
+            raise Replaced(f"{where} was replaced while it was read: start again")
         if total != "*" and int(total) <= last:
             raise FormatError(f"{where} ends before the bytes that were asked for")
         if said is None or int(said[1]) != first or not first <= int(said[2]) <= last:

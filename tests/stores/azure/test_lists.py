@@ -31,6 +31,15 @@ def test_a_page_has_blobs_and_says_how_to_go_on() -> None:
     assert blobs_of(listing(""), "az://c") == ([], "")
 
 
+@pytest.mark.parametrize("code", ["utf-8", "utf-16", "utf-16-le", "utf-16-be"])
+def test_a_list_with_a_document_type_is_refused(code: str) -> None:
+    """A few bytes may become many by its entities."""
+    text = f'<?xml version="1.0" encoding="{code[:6]}"?><!DOCTYPE a [<!ENTITY a "aaaaaaaaaa">]>'
+    text += "<EnumerationResults><NextMarker>&a;&a;</NextMarker></EnumerationResults>"
+    with pytest.raises(FormatError, match="az://c sends a list that cannot be read"):
+        blobs_of(text.encode(code), "az://c")
+
+
 def test_names_that_xml_cannot_say_are_quoted() -> None:
     page = listing(blob('<Name Encoded="true">a%EF%BF%BFb%2520</Name>') + blob("<Name>a%2520</Name>"))
     assert [found.name for found in blobs_of(page, "az://c")[0]] == ["a\uffffb%20", "a%2520"]

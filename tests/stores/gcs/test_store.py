@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -265,6 +265,24 @@ def test_an_object_replaced_between_two_tries_is_noticed(
     monkeypatch.setattr("time.sleep", lambda _: store.put("a", b"x" * (2 * MIB)))  # the moment between two tries
     with pytest.raises(StoreError, match="replaced while it was read"):
         read(far, "a", 0, 2 * MIB)
+
+
+@pytest.mark.parametrize("look", [lambda store: list(store.list("")), lambda store: store.stat("a")])
+def test_an_object_is_read_in_the_version_that_was_seen(
+    far: GcsStore, store: GcsStore, look: Callable[[GcsStore], object]
+) -> None:
+    """Ranges of one checkpoint come from one generation of its files, until somebody looks again."""
+    far.put("a", b"old")
+    look(far)
+    assert read(far, "a", 0, 1) == b"o"
+    store.put("a", b"newer")
+    with pytest.raises(StoreError, match="replaced while it was read"):
+        read(far, "a", 1, 1)
+    assert far.get("a", limit=5) == b"newer"
+    look(far)
+    assert read(far, "a", 1, 1) == b"e"
+    far.put("a", b"our")
+    assert read(far, "a", 1, 1) == b"u"
 
 
 def test_an_object_removed_between_two_tries_is_not_found(

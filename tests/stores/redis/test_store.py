@@ -8,16 +8,16 @@ import socket
 import threading
 import time
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
 
 from shardtool.errors import AccessDenied, FormatError, NotFound, ShardtoolError, StoreError, Unavailable, UsageError
 from shardtool.stores import open_store
-from shardtool.stores.base import Object, Store
+from shardtool.stores.base import Store
 from shardtool.stores.redis.errors import translated
-from shardtool.stores.redis.records import CHUNK, UNIT
+from shardtool.stores.redis.records import CHUNK, UNIT, Entry
 from shardtool.stores.redis.store import RedisStore
 from shardtool.stores.wire.link import Pace
 from shardtool.stores.wire.retry import Again
@@ -292,6 +292,7 @@ def speaking(said: bytes) -> Iterator[int]:
         b"$3\r\nabcd\r\n",
         b"$99999999999\r\n",
         b"*99999999999\r\n",
+        b"*9000000\r\n",
         b"*1\r\n" * 9,
         b"*1\r\n-ERR no\r\n",
         b"-" + b"x" * (1 << 17),
@@ -457,11 +458,63 @@ def test_a_reader_knows_of_a_replacement_elsewhere(store: RedisStore, redis_serv
         for size in (10, 5, 20):
             other.put("a", bytes([size]) * size)
             assert read(store, "a", 0, 5) == bytes([size]) * 5
-            assert store.stat("a") == Object("a", size)
         assert read(store, "a", 15, 5) == bytes([20]) * 5
         other.delete("a")
     with pytest.raises(NotFound):
         read(store, "a", 0, 5)
+
+
+@pytest.mark.parametrize("look", [lambda store: list(store.list("")), lambda store: store.stat("a")])
+def test_an_object_is_read_in_the_version_that_was_seen(
+    store: RedisStore, look: Callable[[RedisStore], object]
+) -> None:
+    """Ranges of one checkpoint come from one version of its files, until somebody looks again."""
+    store.put("a", b"old")
+    look(store)
+    assert read(store, "a", 0, 1) == b"o"
+    with RedisStore(store.uri) as other:
+        other.put("a", b"newer")
+    for _ in range(2):
+        with pytest.raises(StoreError, match="/a was replaced while it was read"):
+            read(store, "a", 1, 1)
+    assert store.get("a", limit=5) == b"newer"
+    look(store)
+    assert read(store, "a", 1, 1) == b"e"
+    store.put("a", b"our")
+    assert read(store, "a", 1, 1) == b"u"
+
+
+def test_a_small_object_is_got_in_one_version(store: RedisStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the size of one and the bytes of another."""
+    store.put("a", b"old")
+    with RedisStore(store.uri) as other:
+        readinto = store.readinto
+
+        def late(key: str, start: int, view: memoryview) -> None:
+            if other.get("a", limit=5) == b"old":
+                other.put("a", b"newer")
+            readinto(key, start, view)
+
+        monkeypatch.setattr(store, "readinto", late)
+        assert store.get("a", limit=5) == b"newer"
+
+
+def test_a_writer_that_is_nonsense_is_none() -> None:
+    for pieces in ("Infinity", "-1", "1e30", '"x"', "[]"):
+        assert Entry.of(f'{{"key":"a","since":1,"pieces":{pieces},"discarded":false}}'.encode()) is None
+
+
+def test_a_reply_of_many_parts_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of them is too large, but all of them are."""
+    monkeypatch.setattr("shardtool.stores.redis.wire._WHOLE", 1000)
+    part = b"$400\r\n" + bytes(400) + b"\r\n"
+    for count, message in ((2, "record of .* is damaged"), (4, "does not speak Redis' protocol")):
+        with (
+            speaking(b"*%d\r\n" % count + part * count) as port,
+            RedisStore(f"redis://127.0.0.1:{port}/a", again=SOON) as store,
+            pytest.raises(ShardtoolError, match=message),
+        ):
+            list(store.list())
 
 
 # Writing

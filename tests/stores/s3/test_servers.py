@@ -95,7 +95,8 @@ class TestRclone(OfServer):
         with ThreadPoolExecutor(8) as pool:
             winners = [number for number, won in enumerate(pool.map(race, range(8))) if won]
         assert not store.conditional
-        assert [store.get("record", limit=100)] == [bytes([number]) * 100 for number in winners]
+        # Nearly always one: who is held up between its look and its request for longer than they wait may be another.
+        assert store.get("record", limit=100) in [bytes([number]) * 100 for number in winners]
 
 
 # Checksums

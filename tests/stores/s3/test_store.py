@@ -16,6 +16,7 @@ from shardtool.stores.base import Store
 from shardtool.stores.s3.store import Access, S3Store
 from shardtool.testing import StoreContract, write
 from tests.servers import Proxy, S3Server, Trouble
+from tests.servers.web import Scripted, Visit, reply
 
 MIB = 1 << 20
 
@@ -480,3 +481,20 @@ def test_the_bucket_goes_where_it_is_said(addressing, where):
 def test_half_of_the_credentials_is_refused(half):
     with pytest.raises(UsageError, match="belong together"):
         Access(**half)
+
+
+def test_a_new_object_goes_to_a_bucket_in_another_region():
+    """Where the bucket lies is asked of an object that is not there yet."""
+
+    def server(visit: Visit) -> None:
+        if "/eu-west-1/" not in visit.headers.get("authorization", ""):
+            visit.say(reply(301, Content_Length=0, x_amz_bucket_region="eu-west-1"))
+        else:
+            visit.say(reply(404 if visit.line.startswith("HEAD") else 200, Content_Length=0, ETag='"1"'))
+
+    with Scripted(server) as served:
+        access = Access("key", "secret", region="us-east-1", endpoint=served.url)
+        with S3Store("s3://bucket/x", access=access, backoff=0.001) as store:
+            store.put("a", b"abc")
+    assert served.visits[-1].line.startswith("PUT /bucket/x/a")
+    assert served.visits[-1].body == b"abc"

@@ -264,6 +264,46 @@ def test_other_pages_are_no_listing(body: bytes, kind: str) -> None:
     assert autoindex.parse(body, kind) is None
 
 
+@pytest.mark.parametrize("part", [b"<a ", b"<!--", b"<![", b'<a href="', b"<a href=", b"<title>", b"<a href='b' "])
+def test_a_page_of_any_kind_is_read_in_time(part: bytes) -> None:
+    """Python's own parser takes 20 seconds for 40 kB, or fails."""
+    began = time.monotonic()
+    autoindex.parse(b"<title>Index of /</title>" + part * 200_000, "text/html")
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("link", ["//[", "&#" + "9" * 5000 + ";", "http://other/b", "a" * 5000])
+def test_links_that_make_no_sense_are_left_out(link: str) -> None:
+    page = f'<title>\nIndex of /</title><a href="{link}">x</a><A class="y" HREF = \'b&amp;c\'>b</a><a href=d/>d</a>'
+    entries = autoindex.parse(page.encode(), "text/html")
+    assert entries is not None
+    assert {entry.name: entry.folder for entry in entries} == {"b&c": False, "d": True}
+
+
+def test_folders_without_end_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server whose every folder has two more in it, and no file."""
+    monkeypatch.setattr("shardtool.stores.web.store._MOST_FOLDERS", 50)
+    body = b'[{"name": "d", "type": "directory"}, {"name": "e", "type": "directory"}]'
+    with (
+        Scripted(reply(200, body, Content_Type="application/json")) as server,
+        quick(server.url) as store,
+        pytest.raises(FormatError, match="50 folders"),
+    ):
+        list(store.list())
+    assert len(server.visits) <= 50
+
+
+@pytest.mark.parametrize("size", ["\xb2", "9" * 5000])
+def test_a_size_that_is_no_number_is_an_error(size: str) -> None:
+    head, some = reply(200, Content_Length=size), reply(206, b"a", Content_Range=f"bytes 0-0/{size}")
+    with (
+        Scripted(head, some) as server,
+        quick(server.url) as store,
+        pytest.raises(StoreError, match="does not say how large it is"),
+    ):
+        store.stat("a")
+
+
 def test_a_folder_that_holds_itself_comes_to_an_end() -> None:
     """A server that answers every address with a listing of one folder."""
     body = b'[{"name": "d", "type": "directory"}, {"name": "f", "type": "file", "size": 1}]'

@@ -92,6 +92,19 @@ def test_a_header_cannot_smuggle_another_one(wire: Wire) -> None:
     assert server.visits == []
 
 
+def test_what_cannot_be_sent_is_not_shown(wire: Wire) -> None:
+    """It may be a password, or a signature."""
+    for request in (
+        Request("GET", "http://127.0.0.1:1/a?sig=SEC RET"),
+        Request("GET", "http://127.0.0.1:1/", {"Authorization": "Bearer SECRET\n"}),
+        Request("GET", "http://127.0.0.1:1/", {"Authorization": "Bearer SECRET\u20ac"}),
+    ):
+        with Scripted(reply(200)) as server, pytest.raises(UsageError) as refused:
+            wire.send(Request("GET", request.url.replace("http://127.0.0.1:1", server.url), request.headers), where="x")
+        assert "SEC" not in str(refused.value)
+        assert refused.value.__suppress_context__
+
+
 @pytest.mark.parametrize("url", ["ftp://host/a", "host/a", "http://", "http://host:99999/", "http://[::1/"])
 def test_an_address_that_is_none_is_refused(wire: Wire, url: str) -> None:
     with pytest.raises(UsageError, match="address"):
@@ -232,6 +245,21 @@ def test_a_child_does_not_use_its_parents_connections(wire: Wire) -> None:
         assert os.waitpid(child, 0)[1] == 0
         assert ask(wire, server.url).body == b"hello"
         assert server.connections == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_does_not_wait_for_its_parents_requests() -> None:
+    """Nobody in the child would ever end them."""
+    with (
+        Wire(most=1) as wire,
+        Scripted(reply(200, b"hello")) as server,
+        wire.open(Request("GET", server.url), where="x"),
+    ):
+        child = os.fork()
+        if child == 0:
+            began = time.monotonic()
+            os._exit(0 if ask(wire, server.url).body == b"hello" and time.monotonic() - began < 20 else 1)
+        assert os.waitpid(child, 0)[1] == 0
 
 
 # Trouble
