@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -62,3 +63,12 @@ def damage(path: Path) -> None:
     """Change the last tensor of a file."""
     data = path.read_bytes()
     path.write_bytes(builders.flipped(data, len(data) - 1, 7))
+
+
+def documented(name: str, inner: str = "") -> set[str]:
+    """The keys that docs/cli.md lists for the JSON of a command, or for what is in one of them."""
+    rows = re.findall(r"^\| (`.+?) \| (`command`.+) \|$", (ROOT / "docs" / "cli.md").read_text(), re.MULTILINE)
+    (keys,) = (keys for names, keys in rows if f"`{name}`" in names)
+    if inner:
+        (keys,) = re.findall(rf"`{inner}` \((.*?)\)", keys)
+    return set(re.findall(r"`(\w+)`", re.sub(r"\(.*?\)", "", keys)))

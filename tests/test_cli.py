@@ -17,7 +17,7 @@ from shardtool import BudgetTooSmall, NotFound, ShardtoolError, UsageError, __ve
 from shardtool.cli import main
 from shardtool.cli.program import Program
 from tests import builders
-from tests.commands import RANK_1, ROOT, Ended, apart, damage, environment, here
+from tests.commands import RANK_1, ROOT, Ended, apart, damage, documented, environment, here
 
 COMMANDS = ("bench", "clean", "inspect", "load", "merge", "pull", "reshard", "save", "trace", "verify")
 
@@ -390,13 +390,6 @@ WRITTEN = {
 }
 
 
-def documented(name: str) -> set[str]:
-    """The keys that docs/cli.md lists for a command."""
-    rows = re.findall(r"^\| (`.+?) \| (`command`.+) \|$", (ROOT / "docs" / "cli.md").read_text(), re.MULTILINE)
-    (keys,) = (keys for names, keys in rows if f"`{name}`" in names)
-    return set(re.findall(r"`(\w+)`", re.sub(r"\(.*?\)", "", keys)))
-
-
 def test_json_of_what_was_written_has_every_field(shardtool, work):
     made = shardtool("save", "llama", "--tp", "2", "-o", "tp2", "--json")
     assert made.err == ""
@@ -425,6 +418,8 @@ def test_json_of_the_other_commands_has_the_documented_keys(shardtool, shards):
     assert set(verified) == documented("verify")
     assert (verified["ok"], verified["exit_code"], verified["differences"]) == (True, 0, [])
     assert {"key", "size", "ok", "missing", "why"} == set(verified["files"][0])
+    quick = shardtool("verify", "tp2", "--quick", "--json").json["files"][0]
+    assert documented("verify", inner="files") == set(quick)
     inspected = shardtool("inspect", "tp2", "--tensors", "*norm*", "--json").json
     assert set(inspected) == documented("inspect")
     assert {"name", "rank", "key", "dtype", "shape", "bytes"} == set(inspected["tensor_list"][0])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import builders
-from tests.commands import apart, here
+from tests.commands import apart, documented, here
 
 FILES = builders.model(builders.config(), builders.tensors(builders.config()), files=2)
 
@@ -56,6 +56,16 @@ def test_clean_says_it_as_json(begun: Path) -> None:
     assert (said["command"], said["uri"], said["complete"]) == ("clean", str(begun), False)
     assert [one["kind"] for one in said["found"]] == ["shard", "record", "record"]
     assert all(one["old"] and not one["removed"] for one in said["found"])
+    assert set(said) == documented("clean")
+    assert documented("clean", inner="found") == set(said["found"][0])
+
+
+def test_pull_says_it_as_json(llama: str, tmp_path: Path) -> None:
+    said = here("pull", llama, tmp_path / "side", "--json").json
+    assert set(said) == documented("pull")
+    assert documented("pull", inner="files") == set(said["files"][0])
+    assert (said["folder"], said["waited"]) == (str(tmp_path / "side"), False)
+    assert said["bytes"] == sum(file["size"] for file in said["files"] if file["brought"]) > 0
 
 
 def test_clean_of_what_is_not_there_says_so(tmp_path: Path) -> None:
@@ -95,6 +105,56 @@ def test_a_bwlimit_that_makes_no_sense_is_refused(llama: str, tmp_path: Path, va
     assert ended.err.startswith(
         f"shardtool: error: --bwlimit {value!r}" if value == "fast" else "shardtool: error: --bwlimit"
     )
+
+
+@pytest.mark.parametrize(
+    ("path", "address"),
+    [
+        ("s3:/bucket/llama", "s3://bucket/llama"),
+        ("s3:bucket", "s3://bucket"),
+        ("GS:/bucket/llama", "gs://bucket/llama"),
+        ("file:/models/llama", "file:///models/llama"),
+        ("redis:/user:hunter2@host/llama", "redis://host/llama"),
+        ("https:/host/llama?sig=hunter2", "https://host/llama"),
+    ],
+)
+def test_an_address_that_lost_a_slash_is_no_folder(
+    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, address: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = builders.contents(tmp_path)
+    for words in (("verify", path), ("save", llama, "--tp", 2, "-o", path), ("verify", llama, "--against", path)):
+        ended = here(*words)
+        assert (ended.code, ended.out) == (2, "")
+        assert f"this is a path and no address: write {address}, or put ./ before it" in ended.err
+        assert "hunter2" not in ended.err
+    assert builders.contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("path", ["./s3:/out", "s3:/out", "s3.d:out"])
+def test_a_folder_may_be_called_like_a_scheme(
+    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if path == "s3:/out":
+        (tmp_path / path).mkdir(parents=True)  # what is there is meant
+    ended = here("save", llama, "--tp", 2, "-o", path)
+    assert (ended.code, ended.err) == (0, "")
+    assert here("verify", path, "--quiet").code == 0
+
+
+def test_secrets_where_no_address_fits_are_not_shown_either(llama: str, tmp_path: Path) -> None:
+    address = "https://user:hunter2@127.0.0.1:9/x.json?sig=hunter2"
+    for words in (
+        ("trace", llama, "--tp", 2, "-o", address),
+        ("trace", llama, "--tp", 2, "--compare", address),
+        ("save", llama, "--tp", 2, "--layout", address, "-o", tmp_path / "out"),
+        ("pull", llama, address),
+        ("inspect", "memory://user:hunter2@x"),
+    ):
+        ended = here(*words)
+        assert ended.code == 2
+        assert "hunter2" not in ended.out + ended.err, words
 
 
 def test_secrets_in_an_address_are_not_shown(tmp_path: Path) -> None:

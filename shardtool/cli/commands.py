@@ -288,7 +288,9 @@ def load(uri: str, **flags: Any) -> int:
     short_help="Check files, digests and values.", epilog="Example: shardtool verify ./llama-tp4 --against ./llama"
 )
 @click.argument("uri", callback=options.source)
-@click.option("--quick", is_flag=True, help="Look at names, sizes and headers only; read no tensor.")
+@click.option(
+    "--quick", is_flag=True, help="Look at names, sizes, headers and checksums that stores keep; read no tensor."
+)
 @click.option(
     "--against",
     metavar="URI",

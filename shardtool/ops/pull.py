@@ -207,7 +207,7 @@ def _read(to: Store) -> _Record:
             for key, one in said["files"].items()
         }
         return _Record(str(said["source"]), files, int(said["at"]))
-    except (NotFound, FormatError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (NotFound, FormatError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return _Record()
 
 

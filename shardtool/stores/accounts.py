@@ -8,7 +8,7 @@ repeated here. Nothing that is read here may get into an error, a log or a manif
 
     store       variables
     pvc://      SHARDTOOL_PVC_ROOT                where a cluster's volume is mounted, {claim} in it stands for its name
-    TLS         SSL_CERT_FILE                     certificates to trust besides the system's
+    TLS         SSL_CERT_FILE                     certificates to trust; but for redis, in place of the system's
     az://       AZURE_STORAGE_CONNECTION_STRING, AZURE_STORAGE_ACCOUNT (or .._ACCOUNT_NAME), AZURE_STORAGE_KEY (or
                 .._ACCOUNT_KEY), AZURE_STORAGE_SAS_TOKEN, AZURE_STORAGE_ENDPOINT (or .._SERVICE_ENDPOINT),
                 AZURE_SKIP_SIGNATURE

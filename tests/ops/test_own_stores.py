@@ -57,6 +57,9 @@ def test_tensors_are_loaded(source: Mine, shards: Mine, tmp_path: Path) -> None:
         mine, theirs = shardtool.load(shards, rank=rank), shardtool.load(folder, rank=rank)
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+        assert shardtool.load_file(shards, rank=rank).keys() == mine.keys()
+        with shardtool.safe_open(shards, rank=rank) as opened:
+            assert torch.equal(opened.get_tensor("lm_head.weight"), mine["lm_head.weight"])
     assert dict(shardtool.stream(source)).keys() == tensors(config()).keys()
 
 

@@ -198,7 +198,17 @@ def test_a_commit_of_the_hub_that_changes_one_file_brings_one_file(hub: Hub, to)
     assert {one.path.rpartition("/")[2] for one in hub.asked()[before:] if "resolve" in one.path} == {"config.json"}
 
 
-@pytest.mark.parametrize("noted", [b"", b"nonsense", b"[]", b'{"files": {"a": 1}}', b'{"source": 1, "files": 3}'])
+@pytest.mark.parametrize(
+    "noted",
+    [
+        b"",
+        b"nonsense",
+        b"[]",
+        b'{"files": {"a": 1}}',
+        b'{"source": 1, "files": 3}',
+        b'{"source": "x", "at": 1, "files": {"config.json": {"size": Infinity, "version": "1", "here": "1"}}}',
+    ],
+)
 def test_a_note_that_cannot_be_understood_is_made_anew(source, to, noted):
     put(to, {RECORD: noted})
     assert len(pull(source, to).brought) == len(BESIDE)

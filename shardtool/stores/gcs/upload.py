@@ -51,9 +51,9 @@ class Session:
             before = self.kept
             try:
                 if trying.failures:
-                    self._put(memoryview(b""), first, crc)
+                    self._put(memoryview(b""), first, end, crc)
                 if not self._has(end):
-                    self._put(data[self.kept - first :], first, crc)
+                    self._put(data[self.kept - first :], first, end, crc)
                 if not self._has(end):
                     raise Unavailable(f"the server of {self._where} takes fewer bytes than it is sent: try again")
             except ShardtoolError as error:
@@ -71,8 +71,8 @@ class Session:
     def _has(self, end: int) -> bool:
         return self.resource is not None or self.kept >= end != self._size
 
-    def _put(self, data: memoryview, first: int, crc: str) -> None:
-        """Send bytes, or nothing to ask how far the server is."""
+    def _put(self, data: memoryview, first: int, end: int, crc: str) -> None:
+        """Send bytes, or nothing to ask how far the server is, which is from ``first`` to ``end``."""
         span = f"{self.kept}-{self.kept + len(data) - 1}" if data else "*"
         headers = {"Content-Range": f"bytes {span}/{self._size}"}
         if crc:
@@ -87,8 +87,11 @@ class Session:
                 kept = int(said[1]) + 1 if said else 0
                 # All bytes may be there though the last answer was lost. Else whole pieces count alone.
                 self.kept = kept if kept == self._size else kept // QUARTER * QUARTER
-                if not first <= self.kept <= first + self._size:
-                    raise StoreError(f"the server of {self._where} has lost bytes that it had: start again")
+                if not first <= self.kept <= end:
+                    raise StoreError(
+                        f"the server of {self._where} has lost bytes that it had, or has some that it was never sent:"
+                        " start again"
+                    )
             case 404 | 410 | 499:
                 raise StoreError(f"the upload of {self._where} was ended by the server or somebody else: start again")
             case _:

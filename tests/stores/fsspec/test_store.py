@@ -154,3 +154,14 @@ def test_a_file_system_with_a_library_that_is_missing_is_named() -> None:
     assert remote_fs.knows("hdfs")
     with pytest.raises(UsageError, match=r"^hdfs://host/x needs another library: .*pyarrow"):
         open_store("hdfs://host/x")
+
+
+def test_an_end_is_an_end_though_the_connection_broke_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each library has errors of its own, and what was done is done."""
+
+    def broken(*_: object) -> None:
+        raise paramiko.SSHException("SSH session not active")
+
+    with RemoteStore(f"local://{tmp_path}/llama") as store:
+        store.put("a", b"x")
+        monkeypatch.setattr(remote_fs._Line, "tidy", broken)
