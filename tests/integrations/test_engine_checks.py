@@ -20,7 +20,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``llama`` and ``tied`` with shards for two ranks; ``llama-pp2`` has stages besides."""
     made = tmp_path_factory.mktemp("shelf")
     for name, said in (("llama", {}), ("tied", {"tie_word_embeddings": True})):
-        sizes = config(**said)
+        sizes = config(**said)  # type: ignore[arg-type]
         put(made / name, model(sizes, tensors(sizes)))
         shardtool.save(made / name, made / f"{name}-tp2", tp=2)
     shardtool.save(made / "llama", made / "llama-pp2", tp=2, pp=2)
@@ -61,15 +61,15 @@ def test_marks_show_each_part_that_was_left(dtype: torch.dtype):
     into = Tree(held)
     marks = Marks(into)
     with torch.no_grad():
-        into.qkv.data[:4].fill_(2)
-        into.experts.data[[0, 2]] = 2
-        into.norm.data[:3].fill_(2)
-        into.whole.data.copy_(torch.full((5, 2), float("nan")))  # which a checkpoint may hold
+        into.get_parameter("qkv").data[:4].fill_(2)
+        into.get_parameter("experts").data[[0, 2]] = 2
+        into.get_parameter("norm").data[:3].fill_(2)
+        into.get_parameter("whole").data.copy_(torch.full((5, 2), float("nan")))  # which a checkpoint may hold
     assert marks.left() == ["qkv", "experts", "norm"]
-    assert into.qkv[:, 0].tolist() == [2, 2, 2, 2, 0.5, 0.5]
-    assert into.experts[:, 0, 0].tolist() == [2, 0.5, 2]
-    assert into.norm.tolist() == [2, 2, 2, 0.5]
-    assert into.whole.isnan().all()
+    assert into.get_parameter("qkv")[:, 0].tolist() == [2, 2, 2, 2, 0.5, 0.5]
+    assert into.get_parameter("experts")[:, 0, 0].tolist() == [2, 0.5, 2]
+    assert into.get_parameter("norm").tolist() == [2, 2, 2, 0.5]
+    assert into.get_parameter("whole").isnan().all()
     assert marks.left() == []  # said once
 
 
@@ -97,8 +97,8 @@ def test_marks_are_made_in_floats_that_are_there():
         }
     )
     marks = Marks(into)
-    assert into.count.tolist() == [1, 1, 1]
-    into.anew.data = torch.zeros(4)
+    assert into.get_parameter("count").tolist() == [1, 1, 1]
+    into.get_parameter("anew").data = torch.zeros(4)
     assert marks.left() == ["one"]
     assert one.tolist() == [[0, 0], [0, 0]]
 

@@ -71,6 +71,8 @@ class GcsStore(Store):
         prefix = prefix.strip("/")
         if not uri.startswith("gs://") or not _BUCKET.fullmatch(bucket):
             raise UsageError(f"{shown(uri)!r} names no bucket of Google's: write gs://bucket/folder")
+        if "?" in uri:
+            raise UsageError(f"{shown(uri)!r} has a query, which addresses of Google's buckets do not: leave it out")
         self.uri = f"gs://{bucket}/{prefix}" if prefix else f"gs://{bucket}"
         self._prefix = f"{check_key(prefix)}/" if prefix else ""
         self._again = again

@@ -69,6 +69,10 @@ class S3Store(Store):
         prefix = prefix.strip("/")
         if not uri.startswith("s3://") or not bucket or "@" in bucket:
             raise UsageError(f"{shown(uri)!r} names no bucket: write s3://bucket/folder, without user and password")
+        if "?" in uri:
+            raise UsageError(
+                f"{shown(uri)!r} has a query, which addresses of S3 do not: see AWS_PROFILE, AWS_ENDPOINT_URL"
+            )
         self.uri = f"s3://{bucket}/{prefix}" if prefix else f"s3://{bucket}"
         self._pins = Pins()
         self.senders = Senders()
