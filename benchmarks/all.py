@@ -51,7 +51,7 @@ SCRIPTS = (
     Script(
         "network",
         ("--size", "64MiB", "--runs", "1"),
-        ("--size", "1GiB", "--runs", "5", "--back", "4"),
+        ("--size", "1GiB", "--runs", "3", "--back", "3"),
         tables=True,
         peers=True,
     ),

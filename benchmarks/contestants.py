@@ -27,7 +27,19 @@ import xxhash
 
 Job = dict[str, Any]
 Tensors = Iterable[tuple[str, Any]]
-PACKAGES = ("torch", "safetensors", "runai-model-streamer", "fastsafetensors", "tensorizer", "numpy", "xxhash")
+PACKAGES = (
+    "torch",
+    "safetensors",
+    "runai-model-streamer",
+    "fastsafetensors",
+    "tensorizer",
+    "numpy",
+    "xxhash",
+    "boto3",
+    "obstore",
+    "s3torchconnector",
+    "runai-model-streamer-s3",
+)
 MOST = 1 << 64
 
 _view = ctypes.pythonapi.PyMemoryView_FromMemory

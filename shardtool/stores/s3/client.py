@@ -24,6 +24,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
+from shardtool.calm import calm
 from shardtool.errors import UsageError
 from shardtool.stores import accounts
 from shardtool.stores.s3.errors import translated
@@ -235,10 +236,13 @@ def _models(path: str | None) -> Any:
 
 
 def _opened(where: str, *, attempts: int, access: Access) -> tuple[Any, Any, bool]:
-    """A session, a client for many threads, and whether they ask as nobody.
+    """A session, a client for many threads, and whether they ask as nobody. What botocore knows is much JSON."""
+    with calm():
+        return _made(where, attempts, access)
 
-    All as boto3's settings want it, but for what servers other than Amazon's stumble on.
-    """
+
+def _made(where: str, attempts: int, access: Access) -> tuple[Any, Any, bool]:
+    """All as boto3's settings want it, but for what servers other than Amazon's stumble on."""
     try:
         import botocore.session
         from botocore.config import Config
