@@ -39,6 +39,8 @@ admin socket = {folder}/run/$name.asok
 log file = {folder}/log/$name.log
 pid file = {folder}/run/$name.pid
 osd objectstore = memstore
+osd class update on start = false
+osd crush update on start = false
 memstore device bytes = 4294967296
 osd data = {folder}/osd
 mon data = {folder}/mon
@@ -68,7 +70,7 @@ def gateway() -> Iterator[int]:
 
         def run(tool: str, *words: str, tries: int = 1) -> None:
             for left in range(tries - 1, -1, -1):
-                done = subprocess.run([at[tool], *words], capture_output=True, text=True, timeout=100, check=False)
+                done = subprocess.run([at[tool], *words], capture_output=True, text=True, timeout=60, check=False)
                 if not done.returncode:
                     return
                 time.sleep(1 if left else 0)
@@ -85,6 +87,8 @@ def gateway() -> Iterator[int]:
         run("ceph", *with_settings, "osd", "new", disk, tries=30)  # listening is not yet a quorum
         run("ceph-osd", *with_settings, "-i", "0", "--mkfs", "--osd-uuid", disk)
         start("ceph-osd", mon, "-i", "0")  # whose own port nobody needs to know
+        # What an OSD says of itself at its start may come before it knows the cluster, which ends it: said here instead.
+        run("ceph", *with_settings, "osd", "crush", "add", "0", "1.0", "root=default", "host=localhost", tries=30)
         user = ("--uid=test", "--display-name=test", f"--access-key={KEY}", f"--secret-key={SECRET}")
         run("radosgw-admin", *with_settings, "user", "create", *user, tries=10)
         start("radosgw", port, "-n", "client.rgw.a")
