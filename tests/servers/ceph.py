@@ -87,7 +87,7 @@ def gateway() -> Iterator[int]:
         run("ceph", *with_settings, "osd", "new", disk, tries=30)  # listening is not yet a quorum
         run("ceph-osd", *with_settings, "-i", "0", "--mkfs", "--osd-uuid", disk)
         start("ceph-osd", mon, "-i", "0")  # whose own port nobody needs to know
-        # What an OSD says of itself at its start may come before it knows the cluster, which ends it: said here instead.
+        # What an OSD says of itself at its start may come before it knows the cluster, which ends it: so we say it.
         run("ceph", *with_settings, "osd", "crush", "add", "0", "1.0", "root=default", "host=localhost", tries=30)
         user = ("--uid=test", "--display-name=test", f"--access-key={KEY}", f"--secret-key={SECRET}")
         run("radosgw-admin", *with_settings, "user", "create", *user, tries=10)
