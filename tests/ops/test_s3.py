@@ -10,7 +10,7 @@ import pytest
 
 import shardtool
 from shardtool.errors import ChecksumMismatch, Incomplete, NotFound, PlanError
-from tests.builders import config, contents, flipped, model, put, random, rank_tensors, tensors, unplaced, whole_tensors
+from tests.builders import config, contents, flipped, model, put, random, rank_tensors, tensors, unplaced
 from tests.oracle import expected
 from tests.servers import S3Server
 
@@ -22,31 +22,6 @@ FILES = model(CONFIG, HELD, files=2, side={"templates/a.jinja": b"x"})
 @pytest.fixture
 def at(bucket: str) -> str:
     return f"s3://{bucket}/models"
-
-
-def test_there_and_back_again(at: str, tmp_path: Path):
-    """A source in the bucket, shards of two sizes, whole tensors again: each equals what folders hold."""
-    source = put(f"{at}/llama", FILES)
-    local = put(tmp_path / "llama", FILES)
-    shardtool.save(source, f"{at}/tp4", tp=4, max_part_size="100KB", memory_limit="64MiB")
-    shardtool.save(local, tmp_path / "tp4", tp=4, max_part_size="100KB")
-    assert unplaced(f"{at}/tp4") == unplaced(tmp_path / "tp4")
-    assert shardtool.verify(f"{at}/tp4").ok
-    assert shardtool.verify(f"{at}/tp4", against=source).ok
-    assert shardtool.verify(tmp_path / "tp4", against=f"{at}/tp4").ok
-    wanted = expected(HELD, CONFIG, 4)
-    for rank in (0, 3):
-        found = shardtool.load(f"{at}/tp4", rank=rank)
-        here = shardtool.load(tmp_path / "tp4", rank=rank)
-        assert found.keys() == wanted[rank].keys()
-        assert all((found[name] == here[name]).all() for name in found)
-    shardtool.reshard(f"{at}/tp4", f"{at}/tp2", tp=2, max_part_size="100KB")
-    shardtool.reshard(tmp_path / "tp4", tmp_path / "tp2", tp=2, max_part_size="100KB")
-    assert unplaced(f"{at}/tp2") == unplaced(tmp_path / "tp2")
-    shardtool.merge(f"{at}/tp2", f"{at}/merged")
-    shardtool.merge(f"{at}/tp2", tmp_path / "merged")
-    assert contents(f"{at}/merged") == contents(tmp_path / "merged")
-    assert whole_tensors(contents(tmp_path / "merged")) == HELD
 
 
 def test_parts_of_uploads_make_one_object(at: str, tmp_path: Path, s3_server: S3Server):

@@ -11,7 +11,7 @@ import pytest
 import shardtool
 from shardtool.errors import ChecksumMismatch, Incomplete, NotFound, PlanError
 from shardtool.stores import open_store
-from tests.builders import config, contents, flipped, model, put, random, rank_tensors, tensors, whole_tensors
+from tests.builders import config, contents, flipped, model, put, random, rank_tensors, tensors
 from tests.commands import apart, here
 from tests.oracle import expected
 from tests.processes import At, run
@@ -33,30 +33,6 @@ def scheme(request: pytest.FixtureRequest) -> str:
     """What an address of shards ends with."""
     found: str = request.param
     return found
-
-
-def test_there_and_back_again(at: str, scheme: str, tmp_path: Path) -> None:
-    """A source in Redis, shards of two sizes, whole tensors again: each equals what folders hold."""
-    source = put(f"{at}/llama", FILES)
-    local = put(tmp_path / "llama", FILES)
-    shardtool.save(source, f"{at}/tp4{scheme}", tp=4, max_part_size="100KB", memory_limit="96MiB")
-    shardtool.save(local, tmp_path / "tp4", tp=4, max_part_size="100KB")
-    assert contents(f"{at}/tp4") == contents(tmp_path / "tp4")
-    assert shardtool.verify(f"{at}/tp4").ok
-    assert shardtool.verify(f"{at}/tp4{scheme}", against=source).ok
-    assert shardtool.verify(tmp_path / "tp4", against=f"{at}/tp4").ok
-    wanted = expected(HELD, CONFIG, 4)
-    for rank in (0, 3):
-        found = shardtool.load(f"{at}/tp4", rank=rank)
-        assert found.keys() == wanted[rank].keys()
-        assert rank_tensors(contents(f"{at}/tp4"), rank) == wanted[rank]
-    shardtool.reshard(f"{at}/tp4", f"{at}/tp2{scheme}", tp=2, max_part_size="100KB")
-    shardtool.reshard(tmp_path / "tp4", tmp_path / "tp2", tp=2, max_part_size="100KB")
-    assert contents(f"{at}/tp2") == contents(tmp_path / "tp2")
-    shardtool.merge(f"{at}/tp2", f"{at}/merged")
-    shardtool.merge(f"{at}/tp2{scheme}", tmp_path / "merged")
-    assert contents(f"{at}/merged") == contents(tmp_path / "merged")
-    assert whole_tensors(contents(tmp_path / "merged")) == HELD
 
 
 def test_a_shard_of_many_chunks(at: str, scheme: str, tmp_path: Path) -> None:
