@@ -4,7 +4,8 @@ python benchmarks/all.py [--full] [--only load save] [--peers-python PATH] [--en
 
 Small by default, to see that everything works; what is published is made with ``--full``, on a machine that does
 nothing else: 5 runs, loads of 2 GiB, writes of 4 GiB. That takes about half an hour on two cores, 16 GB of disk and 12
-GB of memory. ``--only`` measures some again and keeps the rest, on the same machine.
+GB of memory. ``--only`` measures some again and keeps the rest, on the same machine. ``device`` runs where torch sees a
+GPU; what it measured on another machine is brought by ``report.py --device``, and kept.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 import load
 import measure
 import report
+import torch
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ SCRIPTS = (
         tables=True,
         peers=True,
     ),
+    Script("device", ("--size", "1GiB", "--tensors", "2000", "--runs", "1"), (), tables=True, peers=True),
     Script("save", ("--size", "64MiB", "--runs", "1"), ("--size", "4GiB", "--runs", "5", "--back", "3"), tables=True),
     Script("verify", ("--size", "64MiB", "--runs", "1"), ("--size", "4GiB", "--runs", "5", "--back", "1"), tables=True),
     Script(
@@ -80,6 +83,8 @@ def main() -> None:
     for script in SCRIPTS:
         if script.name not in args.only if args.only else script.name in LONG and not args.full:
             continue
+        if script.name == "device" and not args.only and not torch.cuda.is_available():
+            continue
         data["sections"][script.name] = measured(script, args)
         args.data.write_text(json.dumps(data, indent=1) + "\n")  # what was measured is kept if a later one fails
     args.out.write_text(report.render(data))
@@ -88,11 +93,11 @@ def main() -> None:
 def begun(args: argparse.Namespace) -> dict[str, Any]:
     """The data so far: that of the same machine if some are measured again, else none."""
     here = measure.machine(args.dir)
-    data: dict[str, Any] = {"sections": {}}
-    if args.only and args.data.exists():
-        data = json.loads(args.data.read_text())
-        if data["machine"] != here:
-            raise SystemExit(f"{args.data} is of another machine or other versions; run without --only")
+    data: dict[str, Any] = json.loads(args.data.read_text()) if args.data.exists() else {"sections": {}}
+    if args.only and data.get("machine", here) != here:
+        raise SystemExit(f"{args.data} is of another machine or other versions; run without --only")
+    if not args.only:  # what says which machine it is of is kept
+        data = {"sections": {name: found for name, found in data["sections"].items() if "machine" in found}}
     versions = load.versions_of(args.peers_python or sys.executable)
     peers = {name: version for name, version in versions.items() if name not in (*here, "torch", "numpy", "xxhash")}
     today = datetime.datetime.now(datetime.UTC).date()
@@ -121,7 +126,8 @@ def measured(script: Script, args: argparse.Namespace) -> dict[str, Any]:
         print(done.stdout, flush=True)
         section: dict[str, Any] = {"command": " ".join(shown), "full": args.full}
         if script.tables:
-            return section | {"contests": json.loads(said.read_text())["contests"]}
+            found = json.loads(said.read_text())
+            return section | {key: found[key] for key in ("contests", "date", "machine", "peers") if key in found}
         return section | {"text": done.stdout.strip()}
 
 

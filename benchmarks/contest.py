@@ -18,7 +18,7 @@ import measure
 OURS = "shardtool"
 MAPPING = "mapping"
 WANTED = 0.9
-"""The share of a bar's rate that is wanted."""
+"""The share of a bar's rate that is wanted, if nothing else is said."""
 ALIKE = measure.MIB
 """Bytes of memory by which runs differ that are alike."""
 
@@ -37,7 +37,8 @@ class Row:
     """A contestant. ``kind``: what it hands out or does; only equals are compared.
 
     ``held``: bytes of tensors that are handed out and kept, so that every loader has them. ``over``: the highest peak.
-    ``failed`` says why there is nothing to show.
+    ``pinned``: bytes that a device copied from, as far as they are seen; ``taken``: by which the whole machine had less
+    memory. ``failed`` says why there is nothing to show.
     """
 
     name: str
@@ -47,6 +48,8 @@ class Row:
     cpus: list[float] = field(default_factory=list)
     over: int = 0
     failed: str = ""
+    pinned: int = 0
+    taken: int = 0
 
     @property
     def ours(self) -> bool:
@@ -80,7 +83,7 @@ class Contest:
     """A question and its contestants. ``gib``: of the bytes at stake; ``base``: with whom all are compared, if any.
 
     ``limited``: the limit is for all memory of ours, no tensors aside. ``bar``: seconds that can hardly be less, of
-    ``bar_name``.
+    ``bar_name``, and ``wanted``: the share of their rate that is to be reached.
     """
 
     question: str
@@ -93,6 +96,7 @@ class Contest:
     limited: bool = False
     bar: float = 0.0
     bar_name: str = ""
+    wanted: float = WANTED
 
     @classmethod
     def of_json(cls, data: Mapping[str, Any]) -> Contest:
@@ -108,7 +112,10 @@ class Contest:
         against = next((row for row in self.rows if row.name == self.base and not row.failed), None)
         heads = ["contestant", "kind", "wall s", "GiB/s", "CPU-s/GiB, median", "least"]
         heads += [f"wall, {self.base} = 1", f"CPU, {self.base} = 1"] if against else []
+        heads += ["of the ceiling"] if self.bar else []
         heads += ["MiB over the imports", "less the limit, MiB" if self.limited else "less tensors held, MiB"]
+        machine = any(row.taken for row in self.rows)
+        heads += ["pinned, MiB", "of the machine, MiB"] if machine else []
         lines: list[list[str]] = []
         for row in self.rows:
             if row.failed:
@@ -117,8 +124,10 @@ class Contest:
             cells = [row.name, row.kind, f"{row.wall:.2f}", f"{self.gib / row.wall:.2f}"]
             cells += [f"{row.cpu / self.gib:.3f}", f"{min(row.cpus) / self.gib:.3f}"]
             cells += [f"{row.wall / against.wall:.2f}", f"{row.cpu / max(against.cpu, 1e-9):.2f}"] if against else []
+            cells += [f"{self.bar / row.wall:.0%}"] if self.bar else []
             cells.append(f"{row.over / measure.MIB:.0f}" if row.over else "")
             cells.append(self._beside(row))
+            cells += [_mib(row.pinned) if row.pinned else "", _mib(row.taken)] if machine else []
             lines.append(cells)
         return measure.table(heads, lines)
 
@@ -175,7 +184,8 @@ class Contest:
                     f"{row.cpu / max(thrifty.cpu, 1e-9):.2f} times the CPU of the thriftiest ({thrifty.name})"
                 )
             if row.ours and not row.failed and self.bar:
-                yield f"{row.name}: {self.bar / row.wall:.0%} of the rate of {self.bar_name}; {WANTED:.0%} is wanted"
+                share = f"{self.bar / row.wall:.0%} of the rate of {self.bar_name}"
+                yield f"{row.name}: {share}; {self.wanted:.0%} is wanted"
 
 
 def _pair(theirs: float, ours: float, digits: int) -> str:
@@ -195,10 +205,16 @@ def reason(failed: BaseException) -> str:
 Contestant = tuple[Row, Callable[[], Sample]]
 
 
-def take_turns(contestants: list[Contestant], runs: int, before: Callable[[Row], None]) -> list[Row]:
+def take_turns(
+    contestants: list[Contestant],
+    runs: int,
+    before: Callable[[Row], None],
+    enough: Callable[[], bool] = lambda: False,
+) -> list[Row]:
     """Run all, ``runs`` rounds, each shuffled by a fixed seed. A peer that fails is out, and its row says why.
 
-    ``before`` prepares a run: files into the page cache or out of it, memory made present.
+    ``before`` prepares a run: files into the page cache or out of it, memory made present. ``enough`` is asked behind
+    each round whether that was the last one, however many are left.
     """
     for i in range(runs):
         for row, contestant in random.Random(i).sample(contestants, len(contestants)):
@@ -215,4 +231,6 @@ def take_turns(contestants: list[Contestant], runs: int, before: Callable[[Row],
                 continue
             row.add(sample)
             print(f"{row.name}: {sample.wall:.2f} s, {sample.cpu:.2f} CPU s", file=sys.stderr, flush=True)
+        if enough():
+            break
     return [row for row, _ in contestants]

@@ -33,6 +33,7 @@ PACKAGES = (
     "runai-model-streamer",
     "fastsafetensors",
     "tensorizer",
+    "instanttensor",
     "numpy",
     "xxhash",
     "boto3",

@@ -34,6 +34,7 @@ from typing import Any
 
 import contest
 import contestants
+import flags
 import measure
 import models
 from contest import Contest, Contestant, Row, Sample
@@ -104,19 +105,12 @@ class Data:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("questions", nargs="*", choices=[*QUESTIONS, []], help="all by default")
-    parser.add_argument("--size", default="256MiB", help="of the checkpoint")
+    parser = flags.parser(__doc__, limit="1GiB", limited="of memory, for what streams", size="of the checkpoint")
+    flags.asking(parser, QUESTIONS)
+    flags.choosing(parser)
     parser.add_argument("--tensors", type=int, default=4000, help="of the file of many; 20000 have 1.3 GiB")
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--limit", default="1GiB", help="of memory, for what streams")
-    parser.add_argument("--back", type=float, default=0, help="GiB of memory to make present before each run")
-    parser.add_argument("--peers-python", default=sys.executable, help="a Python that has the peers")
-    parser.add_argument("--only", metavar="TEXT", help="contestants whose name has this")
-    parser.add_argument("--dir", help="where to work; needs three times the size")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured there, too")
     args = parser.parse_args()
-    asked = [question for question in QUESTIONS if question in args.questions or not args.questions]
+    asked = flags.asked(args, QUESTIONS)
     found = []
     with measure.place(args.dir) as folder:
         if asked != [MANY]:
@@ -235,7 +229,7 @@ def once(loader: Loader, data: Data, args: argparse.Namespace, limit: int) -> Sa
 def _child(python: str, word: str, **variables: str) -> str:
     """The last line that contestants.py prints under a Python. Its neighbours cannot shadow what it imports."""
     environ = measure.environ(RUNAI_STREAMER_CONCURRENCY=str(CONCURRENCY), **variables)
-    environ["PYTHONPATH"] = str(measure.HERE.parent) if python == sys.executable else ""
+    environ["PYTHONPATH"] = measure.path(measure.HERE.parent) if python == sys.executable else ""
     words = [python, "-P", str(measure.HERE / "contestants.py"), word]
     child = subprocess.run(words, env=environ, capture_output=True, text=True, check=False)
     if child.returncode:

@@ -53,13 +53,18 @@ def environ(**variables: str) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(SETTINGS)} | variables
 
 
+def path(*places: Path) -> str:
+    """PYTHONPATH of a child of this Python: these places, and the caller's behind them."""
+    return os.pathsep.join([*map(str, places), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def run(call: str, *args: Any, module: str = "", **kwargs: Any) -> Run:
     """An operation of shardtool, or a function of a ``module`` beside this one, in a process of its own.
 
     The clocks start when everything that it needs is imported.
     """
     job = {"operation": call, "module": module, "args": [str(a) for a in args], "kwargs": kwargs}
-    variables = environ(PYTHONPATH=f"{HERE.parent}{os.pathsep}{HERE}")
+    variables = environ(PYTHONPATH=path(HERE.parent, HERE))
     child = subprocess.run(
         [sys.executable, HERE / "measure.py", json.dumps(job)],
         env=variables,

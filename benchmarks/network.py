@@ -35,6 +35,7 @@ from urllib.request import urlopen
 from xml.sax.saxutils import escape
 
 import contest
+import flags
 import load
 import measure
 import models
@@ -91,18 +92,13 @@ http {{
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("questions", nargs="*", choices=[*QUESTIONS, []], help="all by default")
-    parser.add_argument("--size", default="256MiB", help="of the checkpoint, and of an upload")
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--limit", default="512MiB", help="of memory, for what streams")
-    parser.add_argument("--back", type=float, default=0, help="GiB of memory to make present before each run")
-    parser.add_argument("--peers-python", default=sys.executable, help="a Python that has the peers")
-    parser.add_argument("--only", metavar="TEXT", help="clients whose name has this")
-    parser.add_argument("--dir", help="where to work; needs three times the size")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured there, too")
+    parser = flags.parser(
+        __doc__, limit="512MiB", limited="of memory, for what streams", size="of the checkpoint, and of an upload"
+    )
+    flags.asking(parser, QUESTIONS)
+    flags.choosing(parser)
     args = parser.parse_args()
-    asked = [question for question in QUESTIONS if question in args.questions or not args.questions]
+    asked = flags.asked(args, QUESTIONS)
     found = []
     with measure.place(args.dir) as folder:
         certify(folder)
@@ -176,11 +172,14 @@ def serving(command: list[str], folder: Path, address: str) -> Iterator[None]:
         for _ in range(100):
             try:
                 ask(address, folder)
-                break
             except OSError:
                 time.sleep(0.1)
+                continue
+            time.sleep(0.1)  # one that could not have its port has ended by now, and it was another that answered
+            if server.poll() is None:
+                break
         else:
-            raise SystemExit(f"{command[0]} does not start")
+            raise SystemExit(f"{command[0]} does not start; is something else on the port of {address}?")
         yield
     finally:
         server.terminate()

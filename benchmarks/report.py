@@ -1,8 +1,9 @@
 """Makes docs/benchmarks.md of what the benchmarks measured.
 
-python benchmarks/report.py [--data benchmarks/results.json] [--out docs/benchmarks.md]
+python benchmarks/report.py [--data benchmarks/results.json] [--out docs/benchmarks.md] [--device FILE]
 
-``all.py`` runs the benchmarks and writes the data. What is said about the numbers in general stands here; what depends
+``all.py`` runs the benchmarks and writes the data; ``--device`` adds what ``device.py --json`` wrote on a machine that
+has a GPU, which is shown with that machine. What is said about the numbers in general stands here; what depends
 on them, who is ahead of us among it, is made of them.
 """
 
@@ -24,6 +25,8 @@ DATA = ROOT / "benchmarks" / "results.json"
 PAGE = ROOT / "docs" / "benchmarks.md"
 WIDTH = 120
 """Characters of a line of text."""
+DEVICE = "device"
+"""The script whose section has a machine of its own."""
 
 HEAD = """\
 # Benchmarks
@@ -45,7 +48,8 @@ line above a table says that runs took turns, the order is shuffled anew for eac
 medians, *least* is the smallest. Imports are outside the clock; opening files, headers and the manifest are inside.
 CPU seconds are those of all threads, the kernel's on their behalf included. *Over the imports* is the highest peak of
 resident memory (VmHWM) less that right after the imports; *does not bind* stands where that stayed below three quarters
-of the limit. The host of a virtual machine takes free memory back, and getting it again would be what is measured;
+of the limit. *Of the ceiling* is the rate as a share of what can hardly be passed, which the lines below the table
+name. The host of a virtual machine takes free memory back, and getting it again would be what is measured;
 where a line says so, memory was made present before each run.
 """
 
@@ -78,12 +82,27 @@ Run:ai reads with 16 threads; by default it reads past the page cache also where
 it takes CUDA devices only.""",
     ),
     Section(
+        DEVICE,
+        "To a GPU",
+        """\
+Tensors are brought to one GPU and kept there; the clock ends when it has done all its work. Behind it they are brought
+back, and the sum of their digests is that of an independent reader, or there is no row. Processes have imported
+everything and have woken the GPU before. shardtool's digests are checked on the way, or not; *ready*: tensors come as
+they arrive. The others read the same files, each in its own way to a GPU.
+
+The ceiling is what cannot be passed here: the slower of copies from pinned memory alone, in blocks of 8 MiB, and of the
+faster bare loop (threads read blocks into a pinned ring, from where they are copied); their memory is there and pinned
+before the clock starts. 85 % of its rate is wanted from files in the page cache. *Pinned* is what torch knows of, which
+is all that shardtool has; *of the machine* is by how much the memory that is available on the whole machine went down,
+in which there is whatever a loader pins by itself.""",
+    ),
+    Section(
         "save",
         "Writing",
         """\
 A source in the page cache is written as shards (`save`), shards as others (`reshard`) and as whole tensors (`merge`),
 beside a plain copy and the script that people write with safetensors. All are on the disk when the clock stops, by
-fsync. shardtool computes two digests of every byte on the way, and checks those of its input first unless it says
+fsync. shardtool computes two digests of every byte on the way, and checks those of its input unless it says
 *unverified*.""",
     ),
     Section(
@@ -140,6 +159,10 @@ QUESTIONS = {
     "warm-stream": "Files in the page cache, streamed",
     "cold-stream": "Files on the disk, streamed",
     "many": "One file of many small tensors, in the page cache",
+    "device, warm": "Files in the page cache",
+    "device, cold": "Files on the disk",
+    "device, large": "Files in the page cache, several tensors larger than the limit",
+    "device, many": "One file of many small tensors, in the page cache",
     "writing": "",
     "read": "Tensors from S3 over HTTP, streamed",
     "read-tls": "Tensors from S3 over HTTPS, streamed",
@@ -154,7 +177,11 @@ def render(data: dict[str, Any]) -> str:
     """The page."""
     parts = [HEAD, _machine(data), READING, *_losses(data)]
     there = data["sections"]
-    parts += [_section(section, there[section.script]) for section in SECTIONS if section.script in there]
+    for section in SECTIONS:
+        if section.script in there:
+            parts.append(_section(section, there[section.script]))
+        elif section.script == DEVICE:
+            parts.append(f"## {section.title}\n\nNo GPU was at hand, so that nothing was measured to one.\n")
     return "\n".join(part.strip("\n") + "\n" for part in parts)
 
 
@@ -191,6 +218,9 @@ def _losses(data: dict[str, Any]) -> Iterator[str]:
 
 def _section(section: Section, found: dict[str, Any]) -> str:
     parts = [f"## {section.title}: `{found['command']}`", section.text]
+    if "machine" in found:
+        rows = [*found["machine"].items(), *found["peers"].items()]
+        parts += [f"Measured on {found['date']}, on a machine of its own.", measure.table(("", ""), rows)]
     for given in found.get("contests", ()):
         one = Contest.of_json(given)
         title = QUESTIONS[one.question]
@@ -216,8 +246,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--out", type=Path, default=PAGE)
+    parser.add_argument(
+        "--device", type=Path, metavar="FILE", help="what device.py --json wrote; becomes part of the data"
+    )
     args = parser.parse_args()
-    args.out.write_text(render(json.loads(args.data.read_text())))
+    data = json.loads(args.data.read_text())
+    if args.device:
+        data["sections"][DEVICE] = json.loads(args.device.read_text())
+        args.data.write_text(json.dumps(data, indent=1) + "\n")
+    args.out.write_text(render(data))
 
 
 if __name__ == "__main__":

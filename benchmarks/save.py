@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import contest
+import flags
 import measure
 import models
 from contest import Contest, Contestant, Row, Sample
@@ -31,16 +32,10 @@ COPY = "cp -r"
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="256MiB")
+    parser = flags.parser(__doc__, limit="1GiB")
+    flags.choosing(parser, "; cp is always there")
     parser.add_argument("--model", type=Path, help="a model that is there already")
     parser.add_argument("--tp", type=int, default=4)
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--back", type=float, default=0, help="GiB of memory to make present before each run")
-    parser.add_argument("--limit", default="1GiB")
-    parser.add_argument("--only", metavar="TEXT", help="contestants whose name has this; cp is always there")
-    parser.add_argument("--dir", help="where to work; needs three times the model's size")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured there, too")
     args = parser.parse_args()
     with measure.place(args.dir) as folder:
         model = args.model or folder / "hf"

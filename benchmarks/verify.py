@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import contest
+import flags
 import measure
 import models
 from contest import Contest, Contestant, Row, Sample
@@ -33,13 +34,7 @@ READERS = 8
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="256MiB")
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--back", type=float, default=0, help="GiB of memory to make present before each run")
-    parser.add_argument("--limit", default="256MiB")
-    parser.add_argument("--dir", help="where to work; needs three times the model's size")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured there, too")
+    parser = flags.parser(__doc__, limit="256MiB")
     args = parser.parse_args()
     with measure.place(args.dir) as folder:
         many, one = prepare(folder, parse_size(args.size, "--size"))

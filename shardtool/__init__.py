@@ -38,6 +38,7 @@ from shardtool.errors import (
 
 if TYPE_CHECKING:
     from shardtool.ops.bench import bench
+    from shardtool.ops.clean import clean
     from shardtool.ops.inspect import inspect
     from shardtool.ops.load import load, load_into, stream
     from shardtool.ops.merge import merge
@@ -54,6 +55,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "bench": "shardtool.ops.bench",
+    "clean": "shardtool.ops.clean",
     "inspect": "shardtool.ops.inspect",
     "load": "shardtool.ops.load",
     "load_file": "shardtool.ops.safe",
@@ -88,6 +90,7 @@ __all__ = [
     "UnsupportedTransform",
     "UsageError",
     "bench",
+    "clean",
     "inspect",
     "load",
     "load_file",

@@ -18,7 +18,9 @@ import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
+from urllib.parse import unquote
 
 from shardtool import digest, header, manifest, pattern, torchread
 from shardtool.dtypes import DType
@@ -28,6 +30,7 @@ from shardtool.manifest import Manifest
 from shardtool.mosaic import invert
 from shardtool.plan import Piece, Stored, Tensor, whole
 from shardtool.stores import Address, named
+from shardtool.stores.address import scheme_of
 from shardtool.stores.base import Object, Store, check_key
 from shardtool.stores.hub.existing import open_existing
 from shardtool.window import Window, row_major
@@ -200,13 +203,24 @@ def open_checkpoint(uri: Address, *, shard_pattern: str | None = None) -> Checkp
 
 
 def single_file(uri: Address) -> tuple[str, str] | None:
-    """Folder and name, if the URI names one file of tensors and not a folder that is called like one."""
+    """Folder and name, if the URI names one file of tensors and not a folder that is called like one.
+
+    What follows the question mark of a web address, such as its signature, goes with the folder.
+    """
     if isinstance(uri, Store):
         return None
-    text = os.fspath(uri)
+    text, query = os.fspath(uri), ""
+    scheme = scheme_of(text) if isinstance(uri, str) else None
+    if scheme in ("http", "https"):
+        text, mark, rest = text.partition("?")
+        query = mark + rest
     if not text.endswith(KINDS) or os.path.isdir(text):
         return None
     folder, _, name = text.rpartition("/")
+    if scheme is not None and "://" not in folder:  # it is a host's name
+        return None
+    if scheme in ("http", "https"):
+        return folder + query, unquote(name, errors="surrogateescape")
     return folder or ("/" if text.startswith("/") else "."), name
 
 
@@ -250,12 +264,19 @@ def _files(
         return tuple(pool.map(one, jobs))
 
 
+def listed(store: Store, uri: str = "") -> list[Object]:
+    """Everything that lies in a store, in the order of the keys. ``UsageError`` for more than a checkpoint can have.
+
+    ``uri``: what people are told where that is, if it is not the store's own.
+    """
+    found = list(islice(store.list(), MAX_OBJECTS + 1))
+    if len(found) > MAX_OBJECTS:
+        raise UsageError(f"{uri or store.uri} holds more than {MAX_OBJECTS} files; name the folder of one checkpoint")
+    return found
+
+
 def _without_manifest(uri: str, store: Store, shard_pattern: str | None) -> Checkpoint:
-    objects: dict[str, Object] = {}
-    for found in store.list():
-        objects[found.key] = found
-        if len(objects) > MAX_OBJECTS:
-            raise UsageError(f"{uri} holds more than {MAX_OBJECTS} files; name the folder of one checkpoint")
+    objects = {found.key: found for found in listed(store, uri)}
     if any(key.startswith(manifest.PRIVATE) and key.endswith(".json") for key in objects):
         raise Incomplete(f"{uri} is being written or was interrupted: run the same command again to finish it")
     shards, stages = _shards(objects, shard_pattern)
@@ -273,6 +294,11 @@ def _without_manifest(uri: str, store: Store, shard_pattern: str | None) -> Chec
         if plain:
             files = _files(store, [(objects[key], None, 0) for key in plain])
             return Checkpoint(uri, store, "huggingface", files, objects=objects)
+    if saved := min((key for key in objects if key.endswith(".distcp")), default=None):
+        raise UsageError(
+            f"{uri} is a folder of torch.distributed.checkpoint, which wrote {saved}: make safetensors of it with "
+            "shardtool.integrations.dcp.whole_tensors, and name their folder"
+        )
     raise NotFound(
         f"{uri} has no safetensors files and no *.bin of torch.save; name the folder of a checkpoint, with its "
         "config.json and weights"

@@ -31,12 +31,12 @@ def taken(uri: Path, shards: Path, rank: int, sizes: dict[str, Any], **options: 
     """Take a rank's slices together, and compare them with its shards; what was read, and what alone would be."""
     import shardtool
     from shardtool.exchange import Exchange
-    from shardtool.ops.slices import opened
+    from shardtool.ops.slices import Wanted, opened
     from shardtool.ops.together import together
     from shardtool.stores.counting import CountingStore
 
     exchange = Exchange()
-    with opened(uri, rank=rank, verify=False, **sizes) as found:  # whole chunks would be read by several
+    with opened(uri, Wanted(rank=rank, verify=False, **sizes)) as found:  # whole chunks would be read by several
         counting = CountingStore(found.store)
         tensors = together(dataclasses.replace(found, store=counting), exchange, **options)
         same = digests(tensors) == digests(shardtool.stream(shards, rank=rank))
@@ -91,7 +91,7 @@ def broken(folder: Path, rank: int, size: int) -> dict[str, Any]:
     """A store that one rank cannot read on."""
     from shardtool.errors import AccessDenied
     from shardtool.exchange import Exchange
-    from shardtool.ops.slices import opened
+    from shardtool.ops.slices import Wanted, opened
     from shardtool.ops.together import together
     from shardtool.stores.base import Wrapper
 
@@ -105,7 +105,7 @@ def broken(folder: Path, rank: int, size: int) -> dict[str, Any]:
             super().readinto(key, start, view)
 
     exchange = Exchange()
-    with opened(folder / "model", tp=size, rank=rank) as found:
+    with opened(folder / "model", Wanted(tp=size, rank=rank)) as found:
         store = Closing(found.store) if rank == 1 else found.store
         for _ in together(dataclasses.replace(found, store=store), exchange):
             pass
@@ -141,9 +141,9 @@ def twice(folder: Path, rank: int, size: int) -> dict[str, Any]:
 
 def enough(folder: Path, rank: int, size: int, kill: bool = False) -> dict[str, Any]:
     """The last rank has enough after some tensors, as soon as some of what is together is there."""
-    from shardtool.ops.slices import opened, sliced
+    from shardtool.ops.slices import Wanted, opened, sliced
 
-    with opened(folder / "model", tp=size, rank=rank) as found:
+    with opened(folder / "model", Wanted(tp=size, rank=rank)) as found:
         count = len(found.slices)
     # With little memory, nobody is through before somebody stops.
     tensors = sliced(folder / "model", tp=size, rank=rank, distributed=True, memory_limit=0)

@@ -15,11 +15,25 @@ from typing import Any
 import numpy as np
 import pytest
 
+from shardtool import safe_open
 from tests.builders import random, safetensors
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks"
-MODULES = ("measure", "contest", "contestants", "models", "experts", "load", "report", "save", "verify")
+MODULES = (
+    "measure",
+    "contest",
+    "contestants",
+    "models",
+    "experts",
+    "load",
+    "report",
+    "save",
+    "verify",
+    "device",
+    "devicers",
+    "all",
+)
 MIB = 1 << 20
 
 
@@ -113,6 +127,53 @@ def test_every_loader_that_is_installed_delivers_the_same_tensors(scripts, tmp_p
     assert {row.kind for row in found.rows} == set(scripts.load.KINDS[question])
 
 
+SMALL = ["--device", "cpu", "--size", "8MiB", "--tensors", "60", "--runs", "1", "--limit", "8MiB", "--back", "0"]
+
+
+@pytest.mark.slow
+def test_every_way_to_a_device_that_runs_here_delivers_the_same_tensors(scripts, tmp_path):
+    words = ["warm", *SMALL, "--readers", "1"]
+    out = run("device", *words, "--dir", tmp_path, "--json", tmp_path / "out.json")
+    (found,) = read(scripts, tmp_path / "out.json")
+    here = scripts.contestants.versions()
+    ways = {way.name: way for way in scripts.device.ways([1])}
+    assert [row.name for row in found.rows] == list(ways)
+    for row in found.rows:
+        way = ways[row.name]
+        assert (row.failed == "") == (len(row.walls) == 1), row
+        if way.cuda:
+            assert row.failed == "takes CUDA devices only"
+        elif way.needs and way.needs not in here:
+            assert row.failed == "not installed"
+        else:
+            assert row.failed == "" or way.needs, row
+    assert found.bar == scripts.device.ceiling(found.rows)[0] > 0
+    assert "85% is wanted" in out
+    section = json.loads((tmp_path / "out.json").read_text())
+    assert section["command"] == f"python benchmarks/device.py {' '.join(words)}"
+    assert section["machine"] == scripts.measure.machine(tmp_path)
+    page = scripts.report.render({"date": "a day", "machine": {}, "peers": {}, "sections": {"device": section}})
+    assert "### Files in the page cache\n" in page
+    assert str(tmp_path) not in page
+
+
+@pytest.mark.slow
+def test_each_question_about_a_device_is_answered(scripts, tmp_path):
+    words = [*SMALL, "--small-limit", "1MiB", "--only", "load, unchecked", "--dir", str(tmp_path)]
+    asked = ["large", "cold", "many"]
+    if is_memory(scripts, tmp_path):
+        assert "stay in the page cache" in refused("device", "cold", *words)
+        asked.remove("cold")
+    run("device", *asked, *words, "--json", tmp_path / "out.json")
+    found = read(scripts, tmp_path / "out.json")
+    assert [one.question for one in found] == [f"device, {question}" for question in asked]
+    for one in found:
+        assert [row.kind for row in one.rows] == ["ceiling"] * 3 + ["kept"]
+        assert all(len(row.walls) == 1 for row in one.rows)
+    assert found[0].limit == MIB
+    assert found[0].rows[3].extra < 17 * MIB
+
+
 def test_all_measures_what_it_is_told_to_and_keeps_the_rest(tmp_path):
     at = ["--dir", tmp_path, "--data", tmp_path / "data.json", "--out", tmp_path / "page.md"]
     run("all", "--only", "help", *at)
@@ -186,6 +247,106 @@ def test_files_can_be_brought_into_the_page_cache_and_out_of_it(scripts, tmp_pat
     if not is_memory(scripts, tmp_path):
         scripts.measure.cold(tmp_path)
         assert scripts.measure.cached([path]) < 0.01
+
+
+# Devices.
+
+
+def test_what_lies_on_a_device_is_proven_like_what_a_consumer_reads(scripts, tmp_path):
+    torch = importlib.import_module("torch")
+    raw = held("a", "b") | {"empty": random((0, 4), "F32"), "large": random((5 << 20,), "F32")}
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(safetensors(raw))
+    tensors = {name: torch.from_numpy(np.array(one.array)) for name, one in raw.items()}
+    here = torch.device("cpu")
+    assert scripts.devicers.proven(tensors, here) == scripts.load.independent((path,))
+    tensors["large"][-1] += 1
+    assert scripts.devicers.proven(tensors, here)["digest"] != scripts.load.independent((path,))["digest"]
+    with pytest.raises(SystemExit, match="a lies on cpu and not on meta"):
+        scripts.devicers.proven(tensors, torch.device("meta"))
+    with pytest.raises(SystemExit, match="a is not contiguous"):
+        scripts.devicers.proven({"a": tensors["a"].T}, here)
+
+
+def test_what_is_registered_is_counted_and_what_is_refused_is_not(scripts):
+    runtime = SimpleNamespace(cudaHostRegister=lambda at, n, flags: int(at == 9), cudaHostUnregister=lambda at: 0)
+    pinned = scripts.devicers.Pinned(importlib.import_module("torch").device("cpu"))
+    pinned.watch(runtime)
+    assert [runtime.cudaHostRegister(at, n, 0) for at, n in ((1, 100), (2, 20), (9, 1000))] == [0, 0, 1]
+    runtime.cudaHostUnregister(1)
+    runtime.cudaHostRegister(3, 50, 0)
+    assert pinned.most() == 120
+
+
+def test_the_ceiling_is_the_slower_of_copies_and_the_faster_loop(scripts):
+    device, row = scripts.device, scripts.contest.Row
+
+    def rows(copies: float, few: float, several: float) -> list[Any]:
+        walls = {device.COPIES: copies, device.FEW: few, device.SEVERAL: several}
+        return [row(name, device.CEILING, 0, [wall] if wall else [], [1.0]) for name, wall in walls.items()]
+
+    assert device.ceiling(rows(1.0, 3.0, 2.0)) == (2.0, device.SEVERAL)
+    assert device.ceiling(rows(4.0, 3.0, 2.0)) == (4.0, device.COPIES)
+    assert device.ceiling(rows(1.0, 3.0, 0)) == (3.0, device.FEW)
+    assert device.ceiling(rows(0, 3.0, 2.0)) == device.ceiling(rows(1.0, 0, 0)) == (0.0, "")
+    found = contest(scripts, shardtool_load=("kept", 4.0, 1.0))
+    found.rows[0].pinned, found.rows[0].taken = 128 * MIB, 200 * MIB
+    found.bar, found.bar_name, found.wanted = 3.0, "a loop", device.WANTED
+    assert list(found.verdicts()) == ["shardtool load: 75% of the rate of a loop; 85% is wanted"]
+    assert "| 75% |  |  | 128 | 200 |" in found.table()
+
+
+def test_memory_that_the_machine_lacks_meanwhile_is_counted(scripts):
+    seen = [(1.0, 90), (2.0, 100), (3.0, 70), (4.0, 80), (5.0, 10)]
+    assert scripts.device.taken(seen, 2.5, 4.5) == 30
+    assert scripts.device.taken(seen, 0.5, 0.7) == 0
+    assert scripts.device.taken([(1.0, 90), (2.0, 95)], 1.5, 2.5) == 0
+    assert scripts.device.available() > MIB
+
+
+def test_a_child_that_fails_or_hangs_is_told(scripts, monkeypatch):
+    def child(text: str) -> Any:
+        return scripts.device.Child([sys.executable, "-c", text], dict(os.environ))
+
+    good = child("print('noise'); print('ready', flush=True); input(); print('more'); print('{\"wall\": 1}')")
+    good.ready()
+    assert good.run() == {"wall": 1}
+    bad = child("raise SystemExit('no such device')")
+    bad.ready()
+    with pytest.raises(scripts.measure.Failed, match="no such device"):
+        bad.run()
+    monkeypatch.setattr(scripts.device, "LONGEST", 1)
+    slow = child("import time; print('ready', flush=True); time.sleep(100)")
+    slow.ready()
+    with pytest.raises(scripts.measure.Failed, match="took more than 1 s"):
+        slow.run()
+
+
+def test_a_checkpoint_for_devices_holds_numbers_and_no_block_twice(scripts, tmp_path):
+    config = scripts.models.of_size(40 * MIB)
+    total = scripts.device.write(tmp_path / "hf", config, 2)
+    shapes = scripts.models.shapes(config)
+    blocks: list[bytes] = []
+    names: dict[str, tuple[int, ...]] = {}
+    for path in sorted((tmp_path / "hf").glob("*.safetensors")):
+        data = path.read_bytes()
+        blocks += [data[start : start + MIB] for start in range(MIB, len(data) - MIB, MIB)]
+        with safe_open(path) as file:
+            for name in file.keys():  # noqa: SIM118 - it is not a dict
+                names[name] = tuple(file.get_tensor(name).shape)
+                assert bool(file.get_tensor(name).isfinite().all())
+    assert names == shapes
+    assert total == sum(2 * int(np.prod(shape)) for shape in shapes.values())
+    assert len(set(blocks)) == len(blocks) >= 30
+
+
+def test_without_a_gpu_it_has_to_be_said_that_none_is_wanted(scripts, monkeypatch):
+    monkeypatch.setattr(scripts.device.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="torch sees no GPU here"):
+        scripts.device.device_of(None)
+    with pytest.raises(SystemExit, match="neither cuda nor cpu"):
+        scripts.device.device_of("meta")
+    assert [scripts.device.device_of(word) for word in ("cpu", "cuda", "cuda:3")] == ["cpu", "cuda:0", "cuda:3"]
 
 
 # Contests.
@@ -314,7 +475,39 @@ def test_a_peer_that_fails_is_out_and_ours_must_not_fail(scripts):
         scripts.contest.take_turns([(row("shardtool load", "owned"), fails)], 1, lambda _row: None)
 
 
+def test_turns_end_behind_the_round_in_which_it_is_enough(scripts):
+    row, sample = scripts.contest.Row, scripts.contest.Sample
+    entries = [(row(name, "owned"), lambda: sample(1.0, 1.0)) for name in "ab"]
+    said = iter([False, True])
+    rows = scripts.contest.take_turns(entries, 5, lambda _row: None, lambda: next(said))
+    assert [len(one.walls) for one in rows] == [2, 2]
+
+
 # The page.
+
+
+def test_what_was_measured_on_another_machine_is_shown_with_it_and_kept(scripts, tmp_path):
+    data: dict[str, Any] = {"date": "a day", "machine": {"cores": "2"}, "peers": {}, "sections": {}}
+    assert "## To a GPU\n\nNo GPU was at hand" in scripts.report.render(data)
+    made = contest(scripts, shardtool=("kept", 1.0, 0.5))
+    made.question = "device, warm"
+    section = {
+        "command": "python benchmarks/device.py",
+        "full": True,
+        "date": "another day",
+        "machine": {"GPU": "a large one"},
+        "peers": {"instanttensor": "1"},
+        "contests": [made.to_json()],
+    }
+    (tmp_path / "data.json").write_text(json.dumps(data))
+    (tmp_path / "device.json").write_text(json.dumps(section))
+    run("report", "--data", tmp_path / "data.json", "--out", tmp_path / "page.md", "--device", tmp_path / "device.json")
+    page = (tmp_path / "page.md").read_text()
+    assert "No GPU" not in page
+    assert "Measured on another day, on a machine of its own." in page
+    assert "| GPU | a large one |\n| instanttensor | 1 |" in page
+    args = SimpleNamespace(dir=tmp_path, data=tmp_path / "data.json", only=None, peers_python=None)
+    assert scripts.all.begun(args)["sections"] == {"device": section}
 
 
 def test_the_page_is_what_the_generator_makes_of_the_data(scripts):

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardtool import digest
+from shardtool.budget import PAGE
 from shardtool.checked import KEPT, Checked
 from shardtool.checkpoint import WeightFile
 from shardtool.dtypes import DType
@@ -135,6 +136,44 @@ def test_a_damaged_chunk_is_damaged_for_everybody_who_wants_it():
             read(checked, 20, 3)
 
 
+@given(st.lists(ranges, max_size=4), st.integers(0, len(DATA) - 1))
+def test_at_the_end_what_nobody_has_read_is_checked_and_nothing_twice(wanted: list[list[int]], at: int):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digest, "CHUNK", CHUNK)
+        checked, counting = store()
+        for start, end in wanted:
+            read(checked, start, end - start)
+        before = counting.bytes_read
+        wholly = {low for low, high in chunks() for start, end in wanted if low < end and start < high and start < end}
+        checked.finish(2)
+        assert counting.bytes_read - before == sum(high - low for low, high in chunks() if low not in wholly)
+        damaged = bytearray(DATA)
+        damaged[at] ^= 1
+        checked, _ = store(bytes(damaged))
+        if any(low <= at < high for low, high in chunks()):
+            with pytest.raises(ChecksumMismatch, match=r"tensor 't\d' differs from its digest"):
+                checked.finish(2)
+        else:
+            checked.finish(2)
+
+
+def test_what_is_wanted_in_parts_is_read_into_the_same_few_pieces_of_memory():
+    checked, _ = store()
+    for _ in range(3):
+        for low, _ in chunks():
+            read(checked, low, 1)
+    assert len(checked._aside) + len(checked._spare) <= 1 + KEPT
+
+
+def test_one_that_rests_passes_everything_on():
+    damaged = bytearray(DATA)
+    damaged[60] ^= 1
+    checked, counting = store(bytes(damaged))
+    checked.rest()
+    assert read(checked, 20, 50) == damaged[20:70]
+    assert counting.bytes_read == 50
+
+
 def test_other_objects_and_tensors_without_digests_pass():
     checked, counting = store()
     memory = bytearray(50)
@@ -144,5 +183,6 @@ def test_other_objects_and_tensors_without_digests_pass():
 
 def test_it_says_what_memory_it_takes():
     checked, counting = store()
-    assert checked.reading(3) == counting.reading(3) + (3 + KEPT) * CHUNK
-    assert Checked(counting, []).reading(3) == counting.reading(3)
+    assert checked.reading(3) == counting.reading(3) + (3 + KEPT) * (CHUNK + PAGE)
+    checked.rest()
+    assert checked.reading(3) == counting.reading(3)

@@ -6,15 +6,17 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
 import shardtool
 from shardtool import digest, stores
-from shardtool.checkpoint import Checkpoint, logical, open_checkpoint, read_header, targets, with_headers
+from shardtool.checkpoint import Checkpoint, logical, open_checkpoint, read_header, single_file, targets, with_headers
 from shardtool.dtypes import DType
-from shardtool.errors import ChecksumMismatch, FormatError, Incomplete, NotFound, UsageError
+from shardtool.errors import ChecksumMismatch, FormatError, Incomplete, NotFound, ShardtoolError, UsageError
 from shardtool.plan import Stored
+from shardtool.sinks.tensor import octets
 from shardtool.stores import open_store
 from tests.builders import (
     COUNTING,
@@ -33,6 +35,7 @@ from tests.builders import (
     tensors,
 )
 from tests.oracle import expected
+from tests.servers.web import Scripted, Visit, reply
 
 CONFIG = config(num_hidden_layers=1)
 HELD = tensors(CONFIG)
@@ -123,6 +126,110 @@ def test_a_single_file_is_a_checkpoint(folder: Path, address: Any):
 def test_a_single_file_of_the_current_folder_is_a_checkpoint(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(folder)
     assert open_checkpoint("model-00002-of-00002.safetensors").entries()
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("https://host/a/x.safetensors", ("https://host/a", "x.safetensors")),
+        ("https://host/a/x.safetensors?sig=a/b.c&n=1", ("https://host/a?sig=a/b.c&n=1", "x.safetensors")),
+        ("HTTP://host:80/x.bin?s=?", ("HTTP://host:80?s=?", "x.bin")),
+        ("https://host/a%2Fb/my%20x.safetensors?s", ("https://host/a%2Fb?s", "my x.safetensors")),
+        ("https://host/a?file=x.safetensors", None),  # the path decides
+        ("https://host/a?next=https://host/x.safetensors", None),
+        ("https://host/x.safetensors/?s", None),
+        ("https://host.bin", None),
+        ("https://host.bin?s=/x.bin", None),
+        ("s3://bucket/x.safetensors", ("s3://bucket", "x.safetensors")),
+        ("s3://bucket/what?.safetensors", ("s3://bucket", "what?.safetensors")),
+        ("x?.bin", (".", "x?.bin")),
+        ("/x.bin", ("/", "x.bin")),
+        (Path("https://host/x.bin?s"), None),  # a path, whatever it looks like
+    ],
+)
+def test_the_path_of_an_address_says_whether_it_is_of_one_file(address: Any, expected: tuple[str, str] | None):
+    assert single_file(address) == expected
+
+
+def signed(files: Files, query: str) -> Scripted:
+    """A server that gives to GET requests with a query what the paths of some files say, and denies all else."""
+
+    def say(visit: Visit) -> None:
+        method, target, _ = visit.line.split(" ")
+        path, _, given = target.partition("?")
+        data = files.get(unquote(path).removeprefix("/"))
+        if method != "GET" or given != query or data is None:
+            visit.say(reply(403))
+        else:
+            first, last = map(int, visit.headers["range"].removeprefix("bytes=").split("-"))
+            part = data[first : last + 1]
+            visit.say(reply(206, part, Content_Range=f"bytes {first}-{first + len(part) - 1}/{len(data)}", ETag='"1"'))
+
+    return Scripted(say)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "my%20model.safetensors"])
+def test_a_signed_address_of_a_file_is_a_checkpoint(name: str):
+    """The signature is of this file alone: config.json beside it is denied."""
+    query = "X-Amz-Credential=me/2026/s3&X-Amz-Signature=5ec12e7"
+    files = {f"folder/{unquote(name)}": safetensors(HELD)}
+    with signed(files, query) as server:
+        url = f"{server.url}/folder/{name}"
+        found = shardtool.inspect(f"{url}?{query}")
+        assert (found.uri, found.kind, found.architecture) == (url, "file", None)
+        assert found.tensors == len(HELD)
+        loaded = shardtool.load(f"{url}?{query}")
+        assert {key: octets(tensor).numpy().tobytes() for key, tensor in loaded.items()} == {
+            key: raw.array.tobytes() for key, raw in HELD.items()
+        }
+        with shardtool.safe_open(f"{url}?{query}", framework="np") as opened:
+            assert set(opened.keys()) == set(HELD)
+        assert shardtool.verify(f"{url}?{query}").ok
+
+
+def test_a_signature_is_in_no_message():
+    query = "X-Amz-Signature=5ec12e7"
+    with signed({}, query) as server:
+        for address in (f"{server.url}/x.safetensors?{query}", f"{server.url}/folder?x={query}&file=x.safetensors"):
+            for operation in (shardtool.inspect, shardtool.load, shardtool.verify):
+                with pytest.raises(ShardtoolError) as caught:
+                    operation(address)
+                assert "5ec12e7" not in str(caught.value)
+                assert server.url in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_what_torch_distributed_checkpoint_has_saved_is_told_from_nothing(tmp_path: Path):
+    import torch
+    from torch.distributed import checkpoint as dcp
+
+    folder = tmp_path / "saved"
+    dcp.save({"w": torch.ones(3)}, checkpoint_id=folder, no_dist=True)
+    put(folder, {"config.json": json.dumps(CONFIG).encode()})
+    said = f"{folder} is a folder of torch.distributed.checkpoint, which wrote __0_0.distcp: make safetensors of it "
+    for operation in (
+        lambda: shardtool.inspect(folder),
+        lambda: shardtool.verify(folder),
+        lambda: shardtool.save(folder, tmp_path / "out", tp=2),
+        lambda: shardtool.load(folder),
+    ):
+        with pytest.raises(UsageError) as caught:
+            operation()
+        assert str(caught.value).startswith(f"{said}with shardtool.integrations.dcp.whole_tensors")
+    put(folder, FILES)  # weights that can be read count, whatever lies beside them
+    assert open_checkpoint(folder).kind == "huggingface"
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_what_it_is_told_to_do_with_such_a_folder_helps(tmp_path: Path):
+    import torch
+    from torch.distributed import checkpoint as dcp
+
+    from shardtool.integrations.dcp import whole_tensors
+
+    dcp.save({"w": torch.ones(3)}, checkpoint_id=tmp_path / "saved", no_dist=True)
+    whole_tensors(tmp_path / "saved", tmp_path / "whole")
+    assert shardtool.inspect(tmp_path / "whole").tensors == 1
 
 
 def test_types_narrower_than_a_byte_are_taken_as_bytes():

@@ -60,6 +60,26 @@ def test_clean_says_it_as_json(begun: Path) -> None:
     assert documented("clean", inner="found") == set(said["found"][0])
 
 
+def test_clean_tells_of_a_record_that_it_cannot_read(begun: Path) -> None:
+    for path in (begun / ".shardtool").rglob("*.json"):
+        path.write_text("")
+    ended = here("clean", begun)
+    assert ended.code == 0
+    assert ended.err.startswith("note: ")
+    assert "json is cut short or damaged: it is not JSON: nothing tells the age of its job" in ended.err
+    assert here("clean", begun, "--json").json["notes"][0] in ended.err
+
+
+def test_a_save_that_a_damaged_record_keeps_from_its_end_says_why(begun: Path, llama: str) -> None:
+    (record,) = (begun / ".shardtool").rglob("model-rank-0-part-0.safetensors.json")
+    record.write_text("{")
+    ended = here("save", llama, "--tp", 2, "--ranks", "1", "-o", begun)
+    assert ended.code == 4
+    assert ended.err.startswith(f"shardtool: error: {record} is cut short or damaged: it is not JSON, so that nothing")
+    assert here("save", llama, "--tp", 2, "--ranks", "0", "-o", begun).code == 0
+    assert here("verify", begun, "--against", llama).code == 0
+
+
 def test_pull_says_it_as_json(llama: str, tmp_path: Path) -> None:
     said = here("pull", llama, tmp_path / "side", "--json").json
     assert set(said) == documented("pull")

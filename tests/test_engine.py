@@ -25,7 +25,7 @@ from shardtool.window import row_major
 from tests.strategies import addresses, mosaic
 from tests.worlds import World, chance, ruled
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(240)
 
 Release = Callable[[], None]
 
@@ -375,14 +375,14 @@ def test_the_dispatcher_that_waits_for_memory_is_woken_when_a_read_fails():
 
 
 def test_no_thread_is_left_behind():
-    before = threading.active_count()
+    before = set(threading.enumerate())
     for fault in ({}, {("readinto", 5): Raise(Unavailable("cut"))}):
         world, groups, _ = small()
         try:
             execute(planned(groups), FaultyStore(store_of(world), fault), Arena(10_000), readers=8)
         except ShardtoolError:
             assert fault
-    assert threading.active_count() == before
+    assert set(threading.enumerate()) <= before
 
 
 # Elements.

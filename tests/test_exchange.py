@@ -25,8 +25,8 @@ from tests.exchanging import SEGMENTS
 
 torch = pytest.importorskip("torch")
 
-PROMPT = 8
-"""Seconds after which a rank that waits has waited too long."""
+PROMPT = 60
+"""Seconds after which a rank that waits has waited too long: half of what a transfer may take."""
 
 
 def folder_of(base: Path) -> Path:

@@ -32,7 +32,7 @@ from tests import builders
 from tests.processes import cli
 from tests.servers import Proxy, S3Server
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 PART = 20_000
 OPTIONS: dict[str, Any] = {"tp": 2, "max_part_size": PART}

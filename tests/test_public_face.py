@@ -15,7 +15,10 @@ ERRORS = sorted(
     for name, value in vars(errors).items()
     if inspect.isclass(value) and issubclass(value, errors.ShardtoolError) and value.__module__ == errors.__name__
 )
-OPERATIONS = ("inspect", "load", "load_into", "merge", "open_store", "reshard", "save", "stream", "verify")
+OPERATIONS = (
+    *("bench", "clean", "inspect", "load", "load_into", "load_model", "merge", "open_store", "pull"),
+    *("reshard", "save", "stream", "trace", "verify"),
+)
 
 
 def test_all_is_sorted_and_names_nothing_twice() -> None:
@@ -33,6 +36,12 @@ def test_a_public_name_resolves_and_explains_itself(name: str) -> None:
 def test_every_operation_is_public(name: str) -> None:
     assert name in shardtool.__all__
     assert callable(getattr(shardtool, name))
+
+
+def test_every_command_is_an_operation_of_the_same_name() -> None:
+    from shardtool.cli import main
+
+    assert set(main.commands) <= set(shardtool.__all__)
 
 
 @pytest.mark.parametrize("name", ERRORS)

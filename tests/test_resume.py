@@ -1,7 +1,8 @@
 """Runs that are killed: what they leave is whole, and the same command again ends where an undisturbed run does.
 
 A child kills itself with SIGKILL at a chosen share of the bytes, before a chosen change of the file system or before a
-chosen request (``tests.processes``), so that no test waits for a moment.
+chosen request (``tests.processes``), so that no test waits for a moment. Where it is said how much is left to do it has
+one reader: of several each may be about to finish a file.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def test_a_killed_run_is_finished_by_the_next(shelf: Path, tmp_path: Path, opera
     """Killed after 60 % of the bytes: the second run writes at most half of them and leaves nothing behind."""
     args, options = command(shelf, operation)
     out = tmp_path / "out"
-    assert run(operation, *args, out, kill=At(progress=0.6), **options).killed
+    assert run(operation, *args, out, kill=At(progress=0.6), concurrency=1, **options).killed
     assert_nothing_is_half_written(out, shelf / operation, MARK[operation])
     assert list(out.glob(SHARDS))
     again = run(operation, *args, out, **options)
@@ -163,7 +164,7 @@ def test_a_killed_worker_is_replaced_by_another(shelf: Path, tmp_path: Path) -> 
     out = tmp_path / "out"
     workers = [
         start("save", *args, out, ranks=[0], **options),
-        start("save", *args, out, ranks=[1], kill=At(progress=0.6), **options),
+        start("save", *args, out, ranks=[1], kill=At(progress=0.6), concurrency=1, **options),
     ]
     survivor, dead = map(finish, workers)
     assert dead.killed
@@ -287,7 +288,7 @@ def test_a_killed_upload_is_finished_by_the_next_run(shelf: Path, bucket: str, o
     """The same holds in S3: no manifest, whole objects only, and at most half of the bytes again."""
     args, options = command(shelf, operation)
     uri = f"s3://{bucket}/out"
-    assert run(operation, *args, uri, kill=At(progress=0.6), **options).killed
+    assert run(operation, *args, uri, kill=At(progress=0.6), concurrency=1, **options).killed
     whole = builders.contents(shelf / operation)
     left = {key: data for key, data in s3_objects(uri).items() if not key.startswith(".shardtool/")}
     assert MARK[operation] not in left

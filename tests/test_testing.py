@@ -24,6 +24,7 @@ from shardtool.testing import (
     ReadOnlyContract,
     StoreContract,
     Truncate,
+    read,
     write,
 )
 
@@ -44,13 +45,6 @@ class TestFaultyStoreWithoutFaults(StoreContract):
     def store(self) -> Iterator[FaultyStore]:
         with FaultyStore(MemoryStore(), {}) as store:
             yield store
-
-
-def read(store: Store, key: str, start: int, size: int) -> bytes:
-    """A range as bytes."""
-    room = bytearray(size)
-    store.readinto(key, start, memoryview(room))
-    return bytes(room)
 
 
 def test_public_names_are_sorted() -> None:
@@ -271,6 +265,7 @@ class _Boastful(MemoryStore):
         (_Eager, "test_nothing_is_visible_before_the_commit"),
         (_Unfair, "test_an_exclusive_object_is_created_once"),
         (_Unfair, "test_of_exclusive_writers_one_wins"),
+        (_Unfair, "test_of_exclusive_writers_of_a_large_object_one_wins"),
         (_Hoarder, "test_who_ends_leaves_nothing_unfinished"),
         (_Secretive, "test_what_a_killed_writer_left_can_be_found_and_removed"),
         (_Undead, "test_what_a_killed_writer_left_can_be_found_and_removed"),

@@ -184,7 +184,7 @@ part_size = click.option("--max-part-size", metavar="SIZE", help="Size of a file
 merged_size = click.option("--max-part-size", metavar="SIZE", help="Size of a file at most.  [default: 5GB]")
 ranks = click.option("--ranks", callback=_ranks, metavar="LIST", help="Write these ranks only, for example 0,2-3.")
 verified_input = click.option(
-    "--verify/--no-verify", default=True, help="Check the input's digests first.  [default: verify]"
+    "--verify/--no-verify", default=True, help="Check the input's digests.  [default: verify]"
 )
 
 

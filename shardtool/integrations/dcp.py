@@ -49,6 +49,7 @@ from shardtool.ops.bring import Slice, Slices, slice_of
 from shardtool.parallel import Parallel
 from shardtool.plan import Piece, Tensor
 from shardtool.recipe import Recipe
+from shardtool.stores import Address
 from shardtool.stores.local.store import LocalStore
 from shardtool.units import parse_size
 from shardtool.window import row_major
@@ -72,7 +73,7 @@ class ShardtoolReader(StorageReader):
 
     def __init__(
         self,
-        uri: str | os.PathLike[str] | None = None,
+        uri: Address | None = None,
         *,
         memory_limit: int | str | None = None,
         concurrency: int | None = None,

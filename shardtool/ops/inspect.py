@@ -18,7 +18,7 @@ from shardtool.checkpoint import (
     with_headers,
 )
 from shardtool.dtypes import DType
-from shardtool.errors import Incomplete, NotFound, ShardtoolError, StoreError
+from shardtool.errors import AccessDenied, Incomplete, NotFound, ShardtoolError, StoreError
 from shardtool.manifest import Manifest
 from shardtool.mosaic import Logical
 from shardtool.ops import source as sources
@@ -100,13 +100,14 @@ def inspect(uri: Address, *, tensors: str | None = None, pattern: str | None = N
     text(pattern, "pattern")
     checkpoint = open_checkpoint(uri, shard_pattern=pattern)
     with checkpoint.store:
+        single = single_file(uri) is not None
         checkpoint, missing = _with_what_is_there(checkpoint)
         made = checkpoint.manifest
-        config = _config(checkpoint)
+        config = _config(checkpoint, single=single)
         dtypes = _dtypes(checkpoint.files)
         return Inspection(
             uri=checkpoint.uri,
-            kind="file" if single_file(checkpoint.uri) else checkpoint.kind,
+            kind="file" if single else checkpoint.kind,
             architecture=_architecture(config),
             engine=_engine(made) if made else None,
             tp=made.tp if made else ((max(checkpoint.ranks) + 1) // checkpoint.stages if checkpoint.ranks else None),
@@ -151,14 +152,21 @@ def _file(file: WeightFile) -> FileSummary:
     return FileSummary(file.key, file.rank, file.size, len(entries), sum(entry.nbytes for entry in entries))
 
 
-def _config(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """config.json, the original where a manifest kept it; empty where there is none."""
+def _config(checkpoint: Checkpoint, *, single: bool) -> Mapping[str, Any]:
+    """config.json, the original where a manifest kept it; empty where there is none, or none may be read.
+
+    ``single``: of one file, whose signed address is of no other.
+    """
     if checkpoint.manifest is not None:
         return parse_config(checkpoint.manifest.config, f"{checkpoint.uri}: the config in the manifest")
     try:
         text = checkpoint.config_text()
     except NotFound:
         return {}
+    except AccessDenied:
+        if single:
+            return {}
+        raise
     return parse_config(text, checkpoint.store.locate(CONFIG))
 
 

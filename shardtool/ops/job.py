@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from shardtool import manifest
@@ -74,6 +74,11 @@ class Means:
     progress: Callable[[int, int], None] | None
     ranks: Sequence[int] | None = None
     sums: Sums = Sums()  # noqa: RUF009 - it is frozen
+
+    def __post_init__(self) -> None:
+        """What has to be read for sums is read with the same means."""
+        made = replace(self.sums, memory_limit=self.memory_limit, concurrency=self.concurrency)
+        object.__setattr__(self, "sums", made)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from shardtool.layouts.base import Layout, Model, Outline, dtype_in
 from shardtool.layouts.packed import MOE_BACKENDS
 from shardtool.manifest import Manifest
 from shardtool.ops import source as sources
+from shardtool.ops.rank import text
 from shardtool.ops.source import Source
 from shardtool.parallel import Parallel
 from shardtool.stores import open_store
@@ -61,6 +62,10 @@ class Choice:
     engine_python: str | None = None
     trust_remote_code: bool = False
     moe_backend: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what is no name, such as a store."""
+        text(self.layout, "layout")
 
 
 def traces(layout: str | None) -> bool:

@@ -23,7 +23,7 @@ from shardtool.ops.bring import Slices
 from shardtool.ops.limits import readers
 from shardtool.ops.load import exhaust, for_whole, size
 from shardtool.ops.rank import items, number, opened
-from shardtool.ops.slices import held
+from shardtool.ops.slices import Wanted, held
 from shardtool.ops.stream import CONCURRENCY, Fresh, flow, means_for
 from shardtool.ops.together import together
 from shardtool.parallel import Parallel
@@ -233,7 +233,7 @@ class _Cut:
 
     def _held(self, checkpoint: Checkpoint, rank: int) -> Slices:
         tp, pp = self.sizes.tp, self.sizes.pp
-        return held(checkpoint, tp=tp, pp=pp, rank=rank, layout=self.layout, verify=self.verify)
+        return held(checkpoint, Wanted(tp=tp, pp=pp, rank=rank, layout=self.layout, verify=self.verify))
 
 
 def _device_of(device: str, rank: int | None, ranks: int) -> str:

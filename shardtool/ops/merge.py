@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from shardtool import digest, header
@@ -16,9 +15,9 @@ from shardtool.errors import FormatError, NotFound, PlanError
 from shardtool.manifest import FileRecord, Manifest
 from shardtool.mosaic import resolve
 from shardtool.ops import source as sources
+from shardtool.ops.guard import guarded
 from shardtool.ops.job import Job, Means, Summary, for_reasons, split_parts
 from shardtool.ops.source import Source
-from shardtool.ops.verify import check_input
 from shardtool.ops.write import perform
 from shardtool.plan import File, Tensor, itself
 from shardtool.stores import Address, open_store
@@ -48,7 +47,7 @@ def merge(
     Files with an index, the original config, the side files.
 
     Tensors equal the source's byte for byte. What ``save`` dropped without keeping, or narrowed by ``--dtype``, is
-    named in the notes; a narrowed tensor stays in the shards' dtype. ``verify``: check the input's digests first.
+    named in the notes; a narrowed tensor stays in the shards' dtype. ``verify``: check the input's digests.
     """
     means = Means(
         memory_limit=memory_limit,
@@ -57,14 +56,14 @@ def merge(
         dry_run=dry_run,
         progress=progress,
     )
-    source = sources.open_source(uri, shard_pattern=source_pattern)
+    guard = guarded(uri, source_pattern, verify=verify)
+    source = guard.source
     with source.store:
         if source.origin is None:
             raise PlanError(f"{source.uri} is not sharded; there is nothing to merge")
-        check = partial(check_input, source, means) if verify else None
         with open_store(output) as to:
             job = plan(source, source.origin, parse_size(max_part_size, "--max-part-size"))
-            return perform(job, to, means, check)
+            return perform(job, to, means, guard)
 
 
 def plan(source: Source, origin: Manifest, most: int) -> Job:

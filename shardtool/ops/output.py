@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 from shardtool import digest, manifest, pattern
-from shardtool.errors import AlreadyExists, FormatError, NotFound, PlanError
+from shardtool.checkpoint import listed
+from shardtool.errors import AlreadyExists, FormatError, Incomplete, NotFound, PlanError
 from shardtool.manifest import FileRecord
 from shardtool.ops import sums
 from shardtool.ops.job import Job
@@ -25,8 +26,9 @@ MAX_RECORD = 256 << 20
 JOB = "job.json"
 PAGE = 1000
 """Objects that vLLM sees of a place in S3."""
-_DAMAGED = (NotFound, FormatError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+DAMAGED = (NotFound, FormatError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """What reading a record raises that is not whole, or gone because another worker has committed."""
+_ALTERED = "the record differs from its digest"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +46,14 @@ class State:
 
 
 def look(job: Job, to: Store, *, overwrite: bool, ranks: Sequence[int] | None) -> State:
-    """The output's state. Raises ``PlanError`` where the job must not be done there; changes nothing."""
+    """The output's state. Changes nothing.
+
+    Raises ``PlanError`` where the job must not be done there, and ``UsageError`` where no checkpoint can be so large.
+    """
     if to.place() == job.source.place():
         raise PlanError(f"--output {to.uri} is the source itself: use another folder")
     try:
-        found = {thing.key: thing.size for thing in to.list()}
+        found = {thing.key: thing.size for thing in listed(to)}
     except NotFound:
         found = {}
     committed = job.mark in found and job.committed(to)
@@ -59,7 +64,8 @@ def look(job: Job, to: Store, *, overwrite: bool, ranks: Sequence[int] | None) -
             f"{to.uri} is complete: --overwrite with --ranks would remove the other ranks' files, leave it out"
         )
     own = job.prefix + JOB in found
-    changed = own and _changed(job, _begun(job, to) or {})
+    begun = _begun(job, to) if own else {}
+    changed = isinstance(begun, dict) and _changed(job, begun)
     if changed and not overwrite:
         raise PlanError(
             f"the weights of {job.source.uri} have changed since this job began in {to.uri}: use --overwrite "
@@ -77,10 +83,10 @@ def _expect_empty(job: Job, to: Store, left: Set[str], *, overwrite: bool) -> No
     """Refuse an output that holds something else than what may be removed."""
     if others := _others(job, left):
         begun = _begun(job, to, others[0])
-        what = f" ({begun['what']})" if begun and isinstance(begun.get("what"), str) else ""
+        what = begun if isinstance(begun, str) else begun.get("what")
         raise PlanError(
-            f"{to.uri} holds the unfinished output of another job{what}: finish that one, use --overwrite or another "
-            "--output"
+            f"{to.uri} holds the unfinished output of another job{f' ({what})' if isinstance(what, str) else ''}: "
+            "finish that one, use --overwrite or another --output, or see shardtool clean"
         )
     if left and not overwrite:
         raise PlanError(f"{to.uri} is not empty (it holds {min(left)}): use --overwrite or another --output")
@@ -92,7 +98,7 @@ def _expect_empty(job: Job, to: Store, left: Set[str], *, overwrite: bool) -> No
         )
 
 
-def _others(job: Job, keys: Set[str]) -> list[str]:
+def _others(job: Job, keys: Iterable[str]) -> list[str]:
     """The fingerprints of other jobs that have begun."""
     private = {key.split("/")[1] for key in keys if key.startswith(manifest.PRIVATE) and key.count("/") > 1}
     return sorted(private - {job.fingerprint})
@@ -158,12 +164,12 @@ def begin(job: Job, to: Store, state: State) -> set[str]:
         to.delete(key)
     if not state.own:
         _announce(job, to)
-        if others := _others(job, {thing.key for thing in to.list(manifest.PRIVATE)}):
+        if others := _others(job, (thing.key for thing in to.list(manifest.PRIVATE))):
             to.delete(job.prefix + JOB)
             raise PlanError(
                 f"another job ({others[0]}) has begun in {to.uri} at the same moment: run one of them again"
             )
-    return {record.key for record in _records(job, to) if state.found.get(record.key) == record.size}
+    return set(_records(job, to, state.found).whole)
 
 
 def restore(job: Job, to: Store, state: State, wanted: Sums) -> None:
@@ -177,7 +183,7 @@ def restore(job: Job, to: Store, state: State, wanted: Sums) -> None:
         _tidy(job, to)
     names = {sums.TEXT: wanted.text, sums.SGLANG: wanted.sglang}
     if any(asked and name not in state.found for name, asked in names.items()):
-        sums.write(to, wanted, sums.summed(to, _written(to)), job.beside)
+        sums.write(to, wanted, sums.summed(to, wanted, _written(to)), job.beside)
 
 
 def record(job: Job, to: Store, made: FileRecord) -> None:
@@ -187,15 +193,25 @@ def record(job: Job, to: Store, made: FileRecord) -> None:
     to.put(_record_key(job, made.key), json.dumps(kept).encode())
 
 
+def abandon(job: Job, to: Store) -> None:
+    """Remove what a run has written that cannot go on."""
+    for key in _records(job, to, _sizes(job, to)).whole:
+        to.delete(key)
+    _tidy(job, to)
+
+
 def commit(job: Job, to: Store, wanted: Sums) -> bool:
-    """Commit if every file is there with its record. Losing to an identical commit is success."""
-    sizes = {thing.key: thing.size for thing in to.list()}
-    records = {made.key: made for made in _records(job, to) if sizes.get(made.key) == made.size}
-    if all(file.key in records for _, file in job.files):
+    """Commit if every file is there with its record. Losing to an identical commit is success.
+
+    Raises ``Incomplete`` where nothing is left to be written and a record cannot be read: nobody would commit.
+    """
+    own = {file.key for _, file in job.files}
+    records = _records(job, to, _sizes(job, to))
+    if records.whole.keys() == own:
         job.write_beside(to, job.beside)
-        made = [records[file.key] for _, file in job.files]
+        made = [records.whole[file.key] for _, file in job.files]
         if wanted:
-            made = sums.summed(to, made)
+            made = sums.summed(to, wanted, made)
             sums.write(to, wanted, made, job.beside)
         try:
             job.commit(to, made)
@@ -203,6 +219,12 @@ def commit(job: Job, to: Store, wanted: Sums) -> bool:
             if not job.committed(to):
                 raise
     elif not job.committed(to):  # if it is, another worker has done it and removed the records
+        if records.damaged and records.whole.keys() | records.damaged.keys() == own:
+            key, why = min(records.damaged.items())
+            raise Incomplete(
+                f"{why}, so that nothing tells whether {key} is whole: run the same command again, with the rank of "
+                f"that file among its --ranks, or remove what is there with shardtool clean {to.uri}"
+            )
         return False
     _tidy(job, to)
     return True
@@ -225,14 +247,14 @@ def _versions(job: Job) -> dict[str, Any]:
     return {"place": job.source.place(), "files": [[w.key, w.size, w.version] for w in job.weights]}
 
 
-def _begun(job: Job, to: Store, fingerprint: str | None = None) -> dict[str, Any] | None:
-    """What a job said when it began; None if nothing that can be read."""
+def _begun(job: Job, to: Store, fingerprint: str | None = None) -> dict[str, Any] | str:
+    """What a job said when it began, or why that cannot be read."""
     key = f"{manifest.PRIVATE}{fingerprint or job.fingerprint}/{JOB}"
     try:
         said = json.loads(to.get(key, limit=MAX_RECORD))
-    except _DAMAGED:
-        return None
-    return said if isinstance(said, dict) else None
+    except DAMAGED as error:
+        return f"{to.locate(key)} {reason(error)}"
+    return said if isinstance(said, dict) else f"{to.locate(key)} is no record of a job"
 
 
 def _changed(job: Job, begun: Mapping[str, Any]) -> bool:
@@ -248,6 +270,12 @@ def _tidy(job: Job, to: Store) -> None:
         to.delete(thing.key)
 
 
+def _sizes(job: Job, to: Store) -> dict[str, int]:
+    """The sizes of the job's files that are there, whatever else is."""
+    own = {file.key for _, file in job.files}
+    return {thing.key: thing.size for thing in to.list() if thing.key in own}
+
+
 def _record_key(job: Job, key: str) -> str:
     """Where the record of a file is while the job lasts."""
     return f"{job.prefix}{key}.json"
@@ -258,20 +286,50 @@ def _unsealed(data: bytes) -> FileRecord:
     kept = json.loads(data)
     text = kept["record"]
     if digest.of_bytes(text.encode()) != kept["digest"]:
-        raise ValueError("the record differs from its digest")
+        raise ValueError(_ALTERED)
     return FileRecord.from_json(json.loads(text))
 
 
-def _records(job: Job, to: Store) -> list[FileRecord]:
-    """The records of finished files. A damaged one counts as not there."""
-    found = []
+@dataclass(frozen=True, slots=True)
+class _Records:
+    """What is recorded of a job's files, by their keys: ``whole``, and why the record of another says nothing."""
+
+    whole: dict[str, FileRecord]
+    damaged: dict[str, str]
+
+
+def _records(job: Job, to: Store, sizes: Mapping[str, int]) -> _Records:
+    """The records of the finished files among those that lie there with some sizes."""
+    own = {_record_key(job, file.key): file.key for _, file in job.files}
+    found = _Records({}, {})
     for thing in to.list(job.prefix):
-        if thing.key == job.prefix + JOB:
+        key = own.get(thing.key)
+        if key is None or key not in sizes:
             continue
         try:
             made = _unsealed(to.get(thing.key, limit=MAX_RECORD))
-        except _DAMAGED:
+        except NotFound:  # another worker has committed
             continue
-        if thing.key == _record_key(job, made.key):
-            found.append(made)
+        except DAMAGED as error:
+            found.damaged[key] = f"{to.locate(thing.key)} {reason(error)}"
+            continue
+        if made.key != key:
+            found.damaged[key] = f"{to.locate(thing.key)} is the record of {made.key}"
+        elif made.size == sizes[key]:  # or else the file is still to be written
+            found.whole[key] = made
     return found
+
+
+def reason(error: Exception) -> str:
+    """What is wrong with a record, in the words that follow its name."""
+    match error:
+        case NotFound():
+            return "is missing"
+        case FormatError():
+            return f"cannot be read: {error}"
+        case ValueError() if str(error) == _ALTERED:
+            return "differs from its own digest"
+        case json.JSONDecodeError() | UnicodeDecodeError():
+            return "is cut short or damaged: it is not JSON"
+        case _:
+            return "is no record of a job"

@@ -22,10 +22,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
-from itertools import islice
 
 from shardtool import manifest as manifests
-from shardtool.checkpoint import CONFIG, MAX_OBJECTS
+from shardtool.checkpoint import CONFIG, listed
 from shardtool.errors import AccessDenied, FormatError, NotFound, StoreError, UsageError
 from shardtool.ops.files import copy
 from shardtool.ops.source import side_files
@@ -108,6 +107,8 @@ def pull(
 
     Raises ``NotFound`` where nothing lies, and ``UsageError`` for a folder that is not one of this machine.
     """
+    if isinstance(folder, Store):
+        raise UsageError(f"{folder.uri} is a store: files are pulled into a folder of this machine, name one")
     where = os.fspath(folder)
     if not where or "://" in where:
         raise UsageError(f"{shown(where)!r} is no folder of this machine: files are pulled into a folder")
@@ -179,11 +180,9 @@ class _Choice:
 
 def _listed(source: Store) -> list[Object]:
     """What the source has."""
-    found = list(islice(source.list(), MAX_OBJECTS + 1))
+    found = listed(source)
     if not found:
         raise NotFound(f"{source.uri} holds nothing: check the address")
-    if len(found) > MAX_OBJECTS:
-        raise UsageError(f"{source.uri} holds more than {MAX_OBJECTS} files; name the folder of one checkpoint")
     return found
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 from shardtool.errors import PlanError
-from shardtool.ops import source as sources
+from shardtool.ops.guard import guarded
 from shardtool.ops.job import Means, Summary
 from shardtool.ops.layout import Choice
 from shardtool.ops.save import PART_SIZE, Cut, convert
 from shardtool.ops.sums import Sums
-from shardtool.ops.verify import check_input
 from shardtool.parallel import Parallel
 from shardtool.stores import Address
 from shardtool.units import parse_size
@@ -48,8 +46,8 @@ def reshard(
     The layout's table in the manifest is evaluated again, so that nothing but the checkpoint is needed. One that was
     traced knows its own sizes only: for others say ``layout``. What says more of the layout (``engine_version`` and the
     rest) is for that; ``moe_backend`` is then the input's unless another is said. ``verify``: check the input's digests
-    first. ``source_pattern``: the names of shards without a manifest. ``expert_parallel``: None is as the input is.
-    The rest is as in ``save``.
+    (with ``ranks`` only of what is read for them). ``source_pattern``: the names of shards without a manifest.
+    ``expert_parallel``: None is as the input is. The rest is as in ``save``.
     """
     means = Means(
         memory_limit=memory_limit,
@@ -60,7 +58,8 @@ def reshard(
         ranks=ranks,
         sums=Sums(sha256, sglang_sha256),
     )
-    source = sources.open_source(uri, shard_pattern=source_pattern)
+    guard = guarded(uri, source_pattern, verify=verify)
+    source = guard.source
     with source.store:
         if source.origin is None:
             raise PlanError(f"{source.uri} is not sharded; use shardtool save")
@@ -69,5 +68,4 @@ def reshard(
         choice = Choice(layout or "", engine_version, engine_python, trust_remote_code, moe_backend)
         most = parse_size(max_part_size, "--max-part-size")
         cut = Cut(Parallel(tp, pp, whole, partition), choice, pattern, most)
-        check = partial(check_input, source, means) if verify else None
-        return convert(source, output, means, cut, check)
+        return convert(source, output, means, cut, guard)

@@ -14,6 +14,7 @@ from shardtool.layouts.base import Layout, Outline
 from shardtool.manifest import Dropped, FileRecord, Manifest
 from shardtool.ops import layout as layouts
 from shardtool.ops import source as sources
+from shardtool.ops.guard import Guard
 from shardtool.ops.job import Job, Means, Summary, for_reasons, split_parts
 from shardtool.ops.layout import Choice
 from shardtool.ops.source import Source
@@ -112,8 +113,8 @@ class Cut:
         return pattern.DEFAULT_PP if self.parallel.pp > 1 else pattern.DEFAULT
 
 
-def convert(source: Source, uri: Address, means: Means, cut: Cut, check: Callable[[], None] | None = None) -> Summary:
-    """Shard a source, whole or sharded already. ``check`` is called before anything is written."""
+def convert(source: Source, uri: Address, means: Means, cut: Cut, guard: Guard | None = None) -> Summary:
+    """Shard a source, whole or sharded already. ``guard``: checks it."""
     parallel = cut.parallel
     if means.ranks is not None and not means.ranks:
         raise UsageError("--ranks names no rank; leave it out to write all of them")
@@ -121,7 +122,7 @@ def convert(source: Source, uri: Address, means: Means, cut: Cut, check: Callabl
         if rank not in parallel.ranks:
             raise UsageError(f"--ranks names rank {rank}, but {parallel} has ranks 0 to {parallel.ranks[-1]}")
     with open_store(uri) as to:
-        return perform(plan(source, to, cut), to, means, check)
+        return perform(plan(source, to, cut), to, means, guard)
 
 
 def plan(source: Source, to: Store, cut: Cut) -> Job:

@@ -6,7 +6,8 @@ backwards. The tensors equal those that ``save`` writes for the rank, one by one
 ::
 
     sliced      (name, tensor) one after the other, by oneself or together with other ranks
-    opened      the same as a plan: what comes, of which bytes
+    Wanted      what is wanted: a rank of some sizes, by which layout, in which dtype
+    opened      ... of a URI, as a plan: what comes, of which bytes
     held        ... of a checkpoint that is open
     plan        ... of a source that is open
     whole       all source tensors of shards instead, each as it was, for an engine that cuts them itself
@@ -16,7 +17,7 @@ backwards. The tensors equal those that ``save`` writes for the rank, one by one
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,24 @@ from shardtool.window import row_major
 if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What is wanted of a checkpoint: what rank ``rank`` of ``tp`` times ``pp`` holds.
+
+    ``layout``, ``engine_version``, ``dtype``, ``expert_parallel``: as in ``save`` for whole tensors, as in ``reshard``
+    for shards, which know their own. ``verify``: check the digests of shards.
+    """
+
+    tp: int
+    rank: int
+    pp: int = 1
+    expert_parallel: bool | None = None
+    layout: str | None = None
+    engine_version: str | None = None
+    dtype: str | None = None
+    verify: bool = True
 
 
 def sliced(
@@ -81,20 +100,19 @@ def sliced(
 
     Raises ``NotFound`` for a rank that there is not, and what ``save`` raises for a model that cannot be cut so.
     """
+    wanted = Wanted(
+        tp=tp,
+        rank=rank,
+        pp=pp,
+        expert_parallel=expert_parallel,
+        layout=layout,
+        engine_version=engine_version,
+        dtype=dtype,
+        verify=verify,
+    )
     exchange = exchange_for(uri, distributed, group=group, scope=scope)
     with heard(exchange):
-        found = opened(
-            uri,
-            tp=tp,
-            rank=rank,
-            pp=pp,
-            expert_parallel=expert_parallel,
-            layout=layout,
-            engine_version=engine_version,
-            dtype=dtype,
-            source_pattern=source_pattern,
-            verify=verify,
-        )
+        found = opened(uri, wanted, source_pattern=source_pattern)
         with found.store.closed_on_failure():
             take = found.tensors if exchange is None else partial(together, found, exchange)
             tensors = take(device=device, memory_limit=memory_limit, concurrency=concurrency, progress=progress)
@@ -112,61 +130,30 @@ def _closing(found: Slices, tensors: Iterator[tuple[str, Any]]) -> Generator[tup
         yield from tensors
 
 
-def opened(
-    uri: Address,
-    *,
-    tp: int,
-    rank: int,
-    pp: int = 1,
-    expert_parallel: bool | None = None,
-    layout: str | None = None,
-    engine_version: str | None = None,
-    dtype: str | None = None,
-    source_pattern: str | None = None,
-    verify: bool = True,
-) -> Slices:
+def opened(uri: Address, wanted: Wanted, *, source_pattern: str | None = None) -> Slices:
     """What a rank holds. Reads headers, and tensors where a layout must know whether two are equal."""
     text(source_pattern, "source_pattern")
     checkpoint = open_checkpoint(uri, shard_pattern=source_pattern)
     with checkpoint.store.closed_on_failure():
-        return held(
-            checkpoint,
-            tp=tp,
-            rank=rank,
-            pp=pp,
-            expert_parallel=expert_parallel,
-            layout=layout,
-            engine_version=engine_version,
-            dtype=dtype,
-            verify=verify,
-        )
+        return held(checkpoint, wanted)
 
 
-def held(
-    checkpoint: Checkpoint,
-    *,
-    tp: int,
-    rank: int,
-    pp: int = 1,
-    expert_parallel: bool | None = None,
-    layout: str | None = None,
-    engine_version: str | None = None,
-    dtype: str | None = None,
-    verify: bool = True,
-) -> Slices:
+def held(checkpoint: Checkpoint, wanted: Wanted) -> Slices:
     """``opened`` for a checkpoint that is open."""
-    number(rank, "rank")
-    for value, name in ((layout, "layout"), (dtype, "dtype")):
+    number(wanted.rank, "rank")
+    for value, name in ((wanted.layout, "layout"), (wanted.dtype, "dtype")):
         text(value, name)
-    sizes = Parallel(tp, pp)
-    if rank not in sizes.ranks:
-        raise NotFound(f"{sizes} has no rank {rank}; it has ranks 0 to {sizes.ranks[-1]}")
-    source, watch = checked(checkpoint, verify=verify)
+    sizes = Parallel(wanted.tp, wanted.pp)
+    if wanted.rank not in sizes.ranks:
+        raise NotFound(f"{sizes} has no rank {wanted.rank}; it has ranks 0 to {sizes.ranks[-1]}")
+    source, watch = checked(checkpoint, verify=wanted.verify)
     origin = source.origin
-    ep = expert_parallel if expert_parallel is not None else origin is not None and origin.parallel.ep
-    parallel = Parallel(tp, pp, ep)
-    choice = Choice(layout or ("" if origin is not None else "vllm"), engine_version)
-    return replace(plan(source, parallel, rank, choice, dtype or "auto"), checked=watch)
+    ep = wanted.expert_parallel
+    if ep is None:
+        ep = origin is not None and origin.parallel.ep
+    choice = Choice(wanted.layout or ("" if origin is not None else "vllm"), wanted.engine_version)
+    found = plan(source, Parallel(wanted.tp, wanted.pp, ep), wanted.rank, choice, wanted.dtype or "auto")
+    return replace(found, checked=watch)
 
 
 def checked(checkpoint: Checkpoint, *, verify: bool = True) -> tuple[Source, Checked | None]:

@@ -12,7 +12,7 @@ from shardtool.ops import layout as layouts
 from shardtool.ops import source as sources
 from shardtool.ops.layout import Choice
 from shardtool.parallel import Parallel
-from shardtool.stores import open_store
+from shardtool.stores import Address, open_store
 from shardtool.stores.address import shown
 from shardtool.stores.base import Store
 
@@ -20,7 +20,7 @@ ENGINES = ("vllm", "sglang")
 
 
 def trace(
-    model: str | os.PathLike[str],
+    model: Address,
     *,
     tp: int | Sequence[int],
     pp: int = 1,
@@ -36,13 +36,16 @@ def trace(
 ) -> FileLayout:
     """The layout that the installed engine's own loader gives a model at some sizes; no weight is read, no GPU needed.
 
-    ``model``: a folder or URI, whole or sharded (then of the source that its manifest lists). ``tp``: one size or
-    several. ``dtype``: ``auto`` is what the engine chooses where it sees a CPU. ``output``: where the layout file goes,
-    if anywhere; it replaces an earlier one and nothing else. ``progress`` is told (ranks done, ranks in all). The rest
-    is as in ``save``. Raises ``UnsupportedModel`` with the engine's own words for what it does not load.
+    ``model``: a folder, a URI or a store, whole or sharded (then of the source that its manifest lists). ``tp``: one
+    size or several. ``dtype``: ``auto`` is what the engine chooses where it sees a CPU. ``output``: the path or address
+    where the layout file goes, if anywhere; it replaces an earlier one and nothing else. ``progress`` is told (ranks
+    done, ranks in all). The rest is as in ``save``. Raises ``UnsupportedModel`` with the engine's own words for what it
+    does not load.
     """
     if engine not in ENGINES:
         raise UsageError(f"--engine {engine!r} cannot be traced; {' and '.join(ENGINES)} can")
+    if isinstance(output, Store):
+        raise UsageError(f"output={output.uri} is a store, not a file: write the path or address of a layout file")
     if output is not None and not os.fspath(output).endswith(".json"):
         raise UsageError(f"--output {shown(os.fspath(output))!r} is not a name for a layout file; let it end in .json")
     many = (tp,) if isinstance(tp, int) else tuple(tp)
@@ -50,7 +53,7 @@ def trace(
     parallels = [Parallel(size, pp, expert_parallel, partition) for size in many]
     if output is not None:
         _check_output(os.fspath(output))
-    source = sources.open_source(os.fspath(model))
+    source = sources.open_source(model)
     with source.store:
         choice = Choice("", None, engine_python, trust_remote_code, moe_backend)
         found = layouts.trace(source, choice, engine, parallels, dtype, progress)
@@ -76,4 +79,6 @@ def _check_output(output: str) -> None:
     except NotFound:
         return
     except FormatError as error:
-        raise UsageError(f"--output {output!r} is there already, and only a layout file is replaced: {error}") from None
+        raise UsageError(
+            f"--output {shown(output)!r} is there already, and only a layout file is replaced: {error}"
+        ) from None

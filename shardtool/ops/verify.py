@@ -236,10 +236,10 @@ def _unlike(record: FileRecord, file: WeightFile, found: Sequence[digest.TensorD
     return troubles
 
 
-def check_input(source: Source, means: Means) -> None:
-    """Check the digests of shards that are about to be converted.
+def check_input(source: Source, means: Means, *, digests: bool = True) -> None:
+    """Check shards that are about to be converted: their files, headers and side files, and all their ``digests``.
 
-    Raises ``ChecksumMismatch`` that names the first damage.
+    Raises ``ChecksumMismatch`` or ``Incomplete`` that names the first damage.
     """
     if source.origin is None or not source.origin.files:
         return
@@ -248,7 +248,8 @@ def check_input(source: Source, means: Means) -> None:
     report = Report(source.uri, "sharded", "digests")
     report.files, files = structure.check_files(checkpoint, origin)
     report.files += structure.check_side_files(checkpoint, origin, digests=True)
-    _digests(source.store, files, origin, report, means.memory_limit, means.concurrency, means.progress)
+    if digests:
+        _digests(source.store, files, origin, report, means.memory_limit, means.concurrency, means.progress)
     own = {structure.WHOLE, *(record.key for record in origin.files), *(side.key for side in origin.side_files)}
     bad = [check for check in report.files if not check.ok and check.key in own]  # foreign files are not read
     if bad:

@@ -15,9 +15,10 @@ from shardtool import schedule
 from shardtool.budget import Arena, limit_of
 from shardtool.computed import Resolve
 from shardtool.engine import Progress, execute
-from shardtool.errors import UsageError
+from shardtool.errors import ChecksumMismatch, UsageError
 from shardtool.header import sort_key
 from shardtool.ops import output
+from shardtool.ops.guard import Guard
 from shardtool.ops.job import Job, Means, Summary
 from shardtool.ops.limits import MOST, Reading, reading, want
 from shardtool.plan import File, Tensor
@@ -85,7 +86,9 @@ class _Memory:
         return want(self.arena)
 
 
-def _memory(job: Job, files: Sequence[tuple[int, File]], to: Store, means: Means) -> _Memory:
+def _memory(
+    job: Job, files: Sequence[tuple[int, File]], to: Store, means: Means, guard: Guard | None = None
+) -> _Memory:
     """Divide the limit, or refuse it with the number that would do."""
     units = max((to.unit(file.size) for _, file in files), default=0)
     slots = max((len(wave) for wave in _waves(files)), default=0) if units else 0
@@ -98,7 +101,10 @@ def _memory(job: Job, files: Sequence[tuple[int, File]], to: Store, means: Means
     if units:  # several parts of one file are sent at a time if there is room
         more = min(_PARTS - 1, min(limit // 4, (limit - least) // 2) // (slots * units)) * units
     spare = limit - least - slots * more
-    return _Memory(limit, slots, units + more, held, least, reading(spare, means.concurrency, job.source))
+    how = reading(spare, means.concurrency, job.source)
+    if guard is not None and not guard.expect(how, means.concurrency):
+        how = reading(spare, means.concurrency, job.source)
+    return _Memory(limit, slots, units + more, held, least, how)
 
 
 def _least(wave: Sequence[File]) -> int:
@@ -113,17 +119,18 @@ def _steps(wave: Sequence[File], resolve: Resolve, sinks: Mapping[str, FileSink]
     return schedule.steps(groups, limit=memory.arena, want=memory.want, longest=longest)
 
 
-def perform(job: Job, to: Store, means: Means, check: Callable[[], None] | None = None) -> Summary:
+def perform(job: Job, to: Store, means: Means, guard: Guard | None = None) -> Summary:
     """Write what is missing of the job, and commit it if that was the last; with ``dry_run``, say what that would be.
 
-    ``check`` is called once it is clear that the job can be done, and before anything is written.
+    ``guard``: checks the job's input, once it is clear that the job can be done, or as it is read. Where that fails
+    nothing stays behind of what this run has written.
     """
     if not to.writable:
         raise UsageError(f"{to.uri} is only read: choose a folder or a bucket for the --output")
     files = job.of_ranks(means.ranks)
     for _, file in files:
         to.admit(file.key, file.size, file.header)
-    memory = _memory(job, files, to, means)
+    memory = _memory(job, files, to, means, guard)
     state = output.look(job, to, overwrite=means.overwrite, ranks=means.ranks)
     planned = _planned(job, files, memory, output.cautions(job, to, state))
     if means.dry_run:
@@ -132,13 +139,23 @@ def perform(job: Job, to: Store, means: Means, check: Callable[[], None] | None 
     if state.complete:
         output.restore(job, to, state, means.sums)
         return replace(planned, kept=planned.bytes_to_write, complete=True)
-    if check is not None:
-        check()
+    if guard is not None:
+        if state.doomed:
+            guard.first()
+        guard.check(means)
     done = output.begin(job, to, state)
     left = tuple((part, file) for part, file in files if file.key not in done)
     total = planned.bytes_to_write
     kept = total - sum(file.size for _, file in left)
-    reads = _write(job, left, to, memory, _told(means.progress, kept, total), sha256=bool(means.sums))
+    try:
+        reads = _write(job, left, to, memory, _told(means.progress, kept, total), sha256=bool(means.sums))
+        if guard is not None and means.ranks is None:
+            guard.finish(memory.reading)
+    except ChecksumMismatch as error:
+        if state.own or means.ranks is not None:  # what others have written, or an earlier run, is theirs
+            raise
+        output.abandon(job, to)
+        raise ChecksumMismatch(f"{error}; nothing was written") from error
     complete = output.commit(job, to, means.sums)
     return replace(planned, bytes_to_read=reads, written=total - kept, kept=kept, complete=complete)
 

@@ -108,8 +108,13 @@ class Queued:
 
     def open(self) -> None:
         """Take what the device needs, and wait for its copies from now on."""
-        self._events = self._make()
-        self._thread.start()
+        events = self._make()
+        try:
+            self._thread.start()
+        except BaseException:
+            events.close()
+            raise
+        self._events = events
 
     def making(self) -> AbstractContextManager[None]:
         """Where the device wants destinations to be made."""
@@ -140,22 +145,23 @@ class Queued:
 
 
 class Cuda:
-    """Side streams of CUDA devices, one for each, and the registration of the engine's memory."""
+    """Side streams of CUDA devices, one for each, and the registration of the engine's memory.
+
+    A thread of ours begins with the first device of the machine as its current one. A device that is current while CUDA
+    is called gets a context, which takes half a GiB of it, so that the device in question is made current first.
+    """
 
     def __init__(self, memory: memoryview, devices: Iterable[torch.device]) -> None:
         """``memory``: all that copies are made from. Called by the thread that will take the tensors."""
         self._callers = {device: torch.cuda.current_stream(device) for device in devices}
         self._streams = {device: torch.cuda.Stream(device) for device in self._callers}
-        self._first = next(iter(self._callers))  # every device that is current gets a context, which takes memory
+        self._first = next(iter(self._callers))
         self._memory: memoryview | None = memory  # which must not go before the driver has forgotten it
         self._address = np.frombuffer(memory, np.uint8).ctypes.data
         with torch.cuda.device(self._first):
             refused = int(torch.cuda.cudart().cudaHostRegister(self._address, len(memory), _PORTABLE))
             if refused:
-                # Memory that cannot be registered (a limit on locked pages) is copied all the same, only slower. The
-                # driver remembers the refusal as its last error, and the next kernel of anybody would be blamed for it.
-                with contextlib.suppress(RuntimeError):
-                    torch.zeros(1, device=self._first)
+                _forget(self._first)  # memory that cannot be registered is copied all the same, only slower
         self._pinned = not refused
         for device, stream in self._streams.items():  # parameters may still be worked on
             stream.wait_stream(self._callers[device])
@@ -163,31 +169,32 @@ class Cuda:
     @contextlib.contextmanager
     def making(self) -> Iterator[None]:
         """Destinations are the caller's streams' own. What these still do with memory taken over comes first."""
-        with contextlib.ExitStack() as stack:
+        with torch.cuda.device(self._first), contextlib.ExitStack() as stack:
             for stream in self._callers.values():
                 stack.enter_context(torch.cuda.stream(stream))
             yield
         for device, stream in self._streams.items():
             stream.wait_stream(self._callers[device])
 
-    def begin(self, pairs: Pairs) -> list[torch.cuda.Event]:
+    def begin(self, pairs: Pairs) -> list[tuple[torch.device, torch.cuda.Event]]:
         """Copy on the side stream of each destination's device."""
         events = []
         for device in {target.device for target, _ in pairs}:
-            with torch.cuda.stream(self._streams[device]):
+            with torch.cuda.device(device), torch.cuda.stream(self._streams[device]):
                 for target, source in pairs:
                     if target.device == device:
                         target.copy_(source, non_blocking=True)
                         target.record_stream(self._streams[device])
-                event = torch.cuda.Event()
+                event = torch.cuda.Event(blocking=True)  # whoever waits for another keeps a core busy meanwhile
                 event.record(self._streams[device])
-            events.append(event)
+            events.append((device, event))
         return events
 
-    def wait(self, token: list[torch.cuda.Event]) -> None:
+    def wait(self, token: list[tuple[torch.device, torch.cuda.Event]]) -> None:
         """Wait for the events; other threads run meanwhile."""
-        for event in token:
-            event.synchronize()
+        for device, event in token:
+            with torch.cuda.device(device):
+                event.synchronize()
 
     def close(self) -> None:
         """Give the memory back to the system."""
@@ -195,8 +202,15 @@ class Cuda:
             with torch.cuda.device(self._first):
                 if int(torch.cuda.cudart().cudaHostUnregister(self._address)):
                     _kept.append(self._memory)
+                    _forget(self._first)
             self._pinned = False
         self._memory = None
+
+
+def _forget(device: torch.device) -> None:
+    """Take a refusal from the driver, which remembers it as its last error and blames the next kernel of anybody."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device=device).add_(1)
 
 
 _PORTABLE = 1  # cudaHostRegisterPortable: for every device

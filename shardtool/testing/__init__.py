@@ -18,6 +18,9 @@
     CountingStore(inner)                         how many bytes were read and written, and which ones
     FaultyStore(inner, {("readinto", 3): Raise(Unavailable("cut"))})
 
+    write(store, key, data, slice_size=...)      an object in slices, as the engine writes it
+    read(store, key, start, size)                a range of one as bytes
+
 Needs pytest; nothing else in shardtool imports this package.
 """
 
@@ -26,7 +29,7 @@ from __future__ import annotations
 from shardtool.stores.counting import CountingStore
 from shardtool.stores.faulty import Call, Fault, FaultyStore, Flip, Raise, Truncate
 from shardtool.testing.reading import Fill, ReadingContract, ReadOnlyContract
-from shardtool.testing.words import write
+from shardtool.testing.words import read, write
 from shardtool.testing.writing import StoreContract
 
 __all__ = [
@@ -41,5 +44,6 @@ __all__ = [
     "ReadingContract",
     "StoreContract",
     "Truncate",
+    "read",
     "write",
 ]

@@ -44,6 +44,13 @@ def write(store: Store, key: str, data: Buffer, *, slice_size: int = 1 << 20, ex
         writer.abort()
 
 
+def read(store: Store, key: str, start: int, size: int) -> bytes:
+    """A range of an object as bytes."""
+    room = bytearray(size)
+    store.readinto(key, start, memoryview(room))
+    return bytes(room)
+
+
 @cache
 def content(size: int, seed: int = 0) -> bytes:
     """Bytes that are different everywhere, so that a swap shows."""

@@ -112,32 +112,41 @@ class StoreContract(ReadingContract):
         assert store.get("a", limit=5) == b"first"
         assert listed(store) == ["a"]
 
+    def race(self, store: Store, key: str, size: int = 100, *, writers: int = 8) -> list[int]:
+        """Let exclusive writers commit at the same moment; return the numbers of those that won.
+
+        Each has written its own bytes. Those of one that won are the object's.
+        """
+        start = threading.Barrier(writers)
+
+        def run(number: int) -> bool:
+            writer = store.create(key, size, exclusive=True)
+            try:
+                writer.write(0, bytes([number]) * size)
+                start.wait(timeout=60)
+                writer.commit()
+            except AlreadyExists:
+                return False
+            finally:
+                writer.abort()
+            return True
+
+        with ThreadPoolExecutor(writers) as pool:
+            winners = [number for number, won in enumerate(pool.map(run, range(writers))) if won]
+        assert store.get(key, limit=size) in [bytes([number]) * size for number in winners]
+        return winners
+
     def test_of_exclusive_writers_one_wins(self, store: Store) -> None:
         """Of eight writers that commit at the same moment one succeeds, the others know it, and its bytes stay."""
-
-        def race(key: str) -> list[int]:
-            start = threading.Barrier(8)
-
-            def run(number: int) -> bool:
-                writer = store.create(key, 100, exclusive=True)
-                try:
-                    writer.write(0, bytes([number]) * 100)
-                    start.wait(timeout=60)
-                    writer.commit()
-                except AlreadyExists:
-                    return False
-                finally:
-                    writer.abort()
-                return True
-
-            with ThreadPoolExecutor(8) as pool:
-                winners = [number for number, won in enumerate(pool.map(run, range(8))) if won]
-            assert store.get(key, limit=100) in [bytes([number]) * 100 for number in winners]
-            return winners
-
         assert store.conditional is ("exclusive race" not in self.gaps)
-        several = any(len(race(f"folder/record-{turn}")) > 1 for turn in range(1 if store.conditional else 20))
+        turns = range(1 if store.conditional else 20)
+        several = any(len(self.race(store, f"folder/record-{turn}")) > 1 for turn in turns)
         assert several is not store.conditional
+
+    def test_of_exclusive_writers_of_a_large_object_one_wins(self, store: Store) -> None:
+        """Nothing of the others gets into it, in however many slices they were sent."""
+        winners = self.race(store, "large", self.large, writers=3)
+        assert len(winners) == 1 or not store.conditional
 
     @pytest.mark.parametrize("key", BAD_KEYS)
     def test_names_that_leave_the_store_are_refused(self, store: Store, key: str) -> None:

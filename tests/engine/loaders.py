@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import multiprocessing
-import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,10 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.engine import truth
-from tests.engine.truth import PATIENCE, World
+from tests.engine.truth import PATIENCE, Processes
 
-Serve = Callable[[int, World, int, Any], None]
-"""What a rank's process does: its number, the world, the port where ranks meet, the pipe of questions."""
 Load = Callable[[str, str, dict[str, Any], dict[str, Any]], "Answer"]
 """Load a model by a load format with an extra config and further arguments of the engine."""
 
@@ -45,31 +41,15 @@ class Answer:
     error: str = ""
 
 
-class Loaders:
+class Loaders(Processes):
     """The processes of a world. ``serve``: what each does; it joins the others and calls ``answer``."""
-
-    def __init__(self, world: World, serve: Serve) -> None:
-        self.world = world
-        self._serve = serve
-        self._processes: list[Any] = []
-        self._pipes: list[Any] = []
-
-    def __enter__(self) -> Loaders:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stop()
 
     def load(
         self, model: Path, load_format: str = "auto", extra: dict[str, Any] | None = None, **more: Any
     ) -> list[Answer]:
         """What each rank holds. A world in which a rank failed is not used again: the others may wait for it."""
-        if not self._processes:
-            self._start()
-        for pipe in self._pipes:
-            pipe.send((str(model), load_format, extra or {}, more))
         answers = []
-        for rank, pipe in enumerate(self._pipes):
+        for rank, pipe in enumerate(self.ask((str(model), load_format, extra or {}, more))):
             try:
                 if not pipe.poll(PATIENCE):
                     raise TimeoutError
@@ -77,29 +57,8 @@ class Loaders:
             except (EOFError, OSError, TimeoutError) as error:
                 answers.append(Answer(error=f"rank {rank}: {type(error).__name__}"))
         if any(answer.error for answer in answers):
-            self._stop()
+            self.stop()
         return answers
-
-    def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        for rank in range(self.world.tp * self.world.pp):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=self._serve, args=(rank, self.world, port, theirs), daemon=True)
-            process.start()
-            theirs.close()
-            self._processes.append(process)
-            self._pipes.append(ours)
-
-    def _stop(self) -> None:
-        for pipe in self._pipes:
-            pipe.close()
-        for process in self._processes:
-            process.kill()
-            process.join()
-        self._processes, self._pipes = [], []
 
 
 def held(answers: list[Answer]) -> list[dict[str, str]]:

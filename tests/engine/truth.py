@@ -24,10 +24,10 @@ import re
 import shutil
 import socket
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 PATIENCE = 600  # seconds for one model
 ENVIRONMENT = {
@@ -67,20 +67,64 @@ class Truth:
     error: str
 
 
-class Ranks:
-    """The processes of a world; they start with the first job."""
+Serve = Callable[[int, World, int, Any], None]
+"""What a rank's process does: its number, the world, the port where ranks meet, the pipe of questions."""
 
-    def __init__(self, world: World, root: Path) -> None:
+
+class Processes:
+    """The processes of a world, each with a pipe; they start with the first question. ``serve``: what each does."""
+
+    def __init__(self, world: World, serve: Serve) -> None:
         self.world = world
-        self.root = root
+        self._serve = serve
         self._processes: list[Any] = []
         self._pipes: list[Any] = []
 
-    def __enter__(self) -> Ranks:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stop()
+        self.stop()
+
+    def ask(self, question: tuple[object, ...]) -> list[Any]:
+        """Ask every rank; return the pipes from which the answers come, by rank."""
+        self.start()
+        for pipe in self._pipes:
+            pipe.send(question)
+        return self._pipes
+
+    def start(self) -> None:
+        """Start the processes that are not there yet."""
+        if self._processes:
+            return
+        context = multiprocessing.get_context("spawn")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        for rank in range(self.world.tp * self.world.pp):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=self._serve, args=(rank, self.world, port, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+    def stop(self) -> None:
+        """End the processes, whatever they do; the next question starts others."""
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes, self._pipes = [], []
+
+
+class Ranks(Processes):
+    """The processes of a world in which vLLM loads models. ``root``: where their truths are kept."""
+
+    def __init__(self, world: World, root: Path) -> None:
+        super().__init__(world, _serve)
+        self.root = root
 
     def load(self, model: Path) -> Truth:
         """Let vLLM load a model and save each rank's state dict; what an earlier run found is returned as it is."""
@@ -94,13 +138,10 @@ class Ranks:
         return Truth(folder, found["class"], found["error"])
 
     def _ask(self, model: Path, folder: Path) -> dict[str, str]:
-        if not self._processes:
-            self._start()
+        self.start()
         answers: list[dict[str, str]] = []
         try:
-            for pipe in self._pipes:
-                pipe.send((str(model), str(folder)))
-            for rank, pipe in enumerate(self._pipes):
+            for rank, pipe in enumerate(self.ask((str(model), str(folder)))):
                 if not pipe.poll(PATIENCE):
                     raise TimeoutError(f"rank {rank} gave no answer in {PATIENCE} s")
                 answers.append(pipe.recv())
@@ -108,30 +149,9 @@ class Ranks:
             # One rank's own error tells more than another's that waited for it in vain.
             ready = [pipe.recv() for pipe in self._pipes[len(answers) :] if _has_answer(pipe)]
             answers += [answer for answer in ready if answer["error"]]
-            self._stop()
+            self.stop()
             answers.append({"class": "", "error": f"a rank ended or hung: {type(error).__name__} {error}".strip()})
         return next((answer for answer in answers if answer["error"]), answers[0])
-
-    def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        for rank in range(self.world.tp * self.world.pp):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.world, port, theirs), daemon=True)
-            process.start()
-            theirs.close()
-            self._processes.append(process)
-            self._pipes.append(ours)
-
-    def _stop(self) -> None:
-        for pipe in self._pipes:
-            pipe.close()
-        for process in self._processes:
-            process.kill()
-            process.join()
-        self._processes, self._pipes = [], []
 
 
 def engine_version() -> str:

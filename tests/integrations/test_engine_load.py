@@ -32,7 +32,7 @@ from shardtool.integrations.engine_load import Engine, Rank, Report
 from shardtool.integrations.engine_options import Options
 from shardtool.layouts.base import Parallel
 from shardtool.ops.bring import Slices, bundles, memory_for, steps
-from shardtool.ops.slices import opened
+from shardtool.ops.slices import Wanted, opened
 from shardtool.ops.stream import Fresh
 from shardtool.stores import open_store
 from tests.builders import Files, config, flipped, model, put, random, safetensors, tensors
@@ -171,7 +171,7 @@ def test_shards_of_other_sizes_are_cut_on_the_way(shelf: Path, name: str, stored
         report = loaded(into, uri, tp, rank, verify=verify)
         assert same(into, shards, rank)
         assert report.way == "cut"
-        with opened(uri, tp=tp, rank=rank, verify=verify) as plan:
+        with opened(uri, Wanted(tp=tp, rank=rank, verify=verify)) as plan:
             least, most = costs(plan)
         assert least <= report.read - heads <= most
         assert verify or least == most

@@ -93,7 +93,7 @@ def test_a_sample_is_a_share_of_every_file(llama, monkeypatch):
         readinto(self, key, start, view)
 
     monkeypatch.setattr(LocalStore, "readinto", noting)
-    found = bench(llama, sample="30KB", seconds=SECONDS)
+    found = bench(llama, sample="30KB", seconds=1)  # so much that a busy machine reads all of it once
     assert 29_000 < found.sample <= 30_000
     assert found.bytes > 10 * found.sample
     assert max(t.bytes for t in found.trials) == found.sample

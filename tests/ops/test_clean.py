@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import shardtool
-from shardtool.errors import AccessDenied, NotFound, UsageError
+from shardtool.errors import AccessDenied, NotFound, Unavailable, UsageError
+from shardtool.ops import clean as operation
 from shardtool.ops.clean import Cleaned, clean
-from shardtool.stores.base import Unfinished
+from shardtool.stores.base import Object, Unfinished
 from shardtool.stores.local.store import LocalStore
 from shardtool.stores.memory import MemoryStore
 from tests.builders import config, contents, model, put, tensors
@@ -166,6 +168,100 @@ def test_a_damaged_record_has_no_age(tmp_path: Path, text: str) -> None:
     assert [one.since for one in clean(tmp_path).found] == [0.0]
     clean(tmp_path, yes=True, older_than=0)
     assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [("", "is cut short or damaged: it is not JSON"), ("[]", "is no record of a job"), ('{"at": 1.0}', "")],
+)
+def test_a_record_that_says_nothing_is_told_of(tmp_path: Path, text: str, why: str) -> None:
+    record = tmp_path / ".shardtool" / "abc" / "job.json"
+    record.parent.mkdir(parents=True)
+    record.write_text(text)
+    told = f"{record} {why}: nothing tells the age of its job, which only --older-than 0 removes"
+    assert clean(tmp_path).notes == ((told,) if why else ())
+
+
+def test_a_record_that_the_store_does_not_give_makes_no_job_old(begun: Path) -> None:
+    """Its last sign of life may be the one that was not read."""
+    aged(begun, 2 * DAY)
+
+    class Busy(LocalStore):
+        def readinto(self, key: str, start: int, view: memoryview) -> None:
+            if key.endswith(f"{RANK_0}.json"):
+                raise Unavailable("come again later")
+            super().readinto(key, start, view)
+
+    before = contents(begun)
+    with Busy(begun) as store, pytest.raises(Unavailable, match="come again later"):
+        clean(store, yes=True)
+    assert contents(begun) == before
+
+
+# Places of others, of any size
+
+
+class Crowded(MemoryStore):
+    """A store with many more objects than those that it has been given."""
+
+    many = 300_000
+
+    def list(self, prefix: str = "") -> Iterator[Object]:
+        yield from super().list(prefix)
+        yield from (Object(f"theirs/{number:09}.safetensors", 1) for number in range(0 if prefix else self.many))
+
+
+def test_a_bucket_of_any_size_is_looked_through_one_by_one(source: str) -> None:
+    store = Crowded()
+    shardtool.save(source, inner := MemoryStore(), tp=2, ranks=[0])
+    for thing in inner.list():
+        store.put(thing.key, inner.get(thing.key, limit=1 << 20))
+    tracemalloc.start()
+    try:
+        found = clean(store, yes=True, older_than=0)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kinds(found) == [("shard", RANK_0), ("record", f"{RANK_0}.json"), ("record", "job.json")]
+    assert len(found.removed) == 3
+    assert peak < 5 << 20  # 300,000 objects and their names are ten times as much
+
+
+def test_more_records_than_jobs_leave_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operation, "MOST", 3)
+    store = MemoryStore()
+    for number in range(3):
+        store.put(f".shardtool/abc/{number}.json", b"{}")
+    assert len(clean(store).found) == 3
+    store.put(".shardtool/abc/3.json", b"{}")
+    with pytest.raises(UsageError, match=r"\.shardtool/ holds too many records, more than 3, which no job leaves"):
+        clean(store, yes=True, older_than=0)
+    assert len(list(store.list())) == 4
+
+
+def test_a_record_that_lists_more_files_than_jobs_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all jobs together."""
+    monkeypatch.setattr(operation, "MOST", 3)
+    store = MemoryStore()
+    for job, files in (("a", 2), ("b", 1)):
+        listed = [[f"{job}{number}.safetensors", 1] for number in range(files)]
+        store.put(f".shardtool/{job}/job.json", json.dumps({"files": listed}).encode())
+    assert len(clean(store).found) == 2
+    store.put(".shardtool/c/job.json", json.dumps({"files": [["c.safetensors", 1]]}).encode())
+    with pytest.raises(UsageError, match=r"\.shardtool/c/job\.json lists too many files, more than 3"):
+        clean(store)
+
+
+def test_more_uploads_than_can_be_looked_at_are_removed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operation, "MOST", 3)
+    store = Old()
+    for number in range(5):
+        store.create(f"{number}.bin", 10)
+    found = clean(store, yes=True)
+    assert len(found.removed) == 3
+    assert found.notes == (f"{store.uri} has more than 3 unfinished uploads: once these are gone, look again",)
+    found = clean(store, yes=True)
+    assert (len(found.removed), found.notes) == (2, ())
 
 
 def test_a_run_that_was_killed_is_cleaned_up_after(source: str, out: Path) -> None:

@@ -28,8 +28,8 @@ CONFIG = config(
 )
 RAWS = tensors(CONFIG)
 MODULE = "tests.slicing"
-PROMPT = 15
-"""Seconds after which a rank that waits has waited too long."""
+PROMPT = 60
+"""Seconds after which a rank that waits has waited too long: half of what a transfer may take."""
 
 Played = dict[str, list[dict[str, Any]]]
 

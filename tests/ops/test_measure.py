@@ -10,7 +10,7 @@ import pytest
 import shardtool
 from shardtool.errors import NotFound, PlanError, UsageError
 from shardtool.ops.measure import LoadReport, measure
-from shardtool.ops.slices import opened
+from shardtool.ops.slices import Wanted, opened
 from tests.builders import config, model, put, tensors
 
 CONFIG = config()
@@ -44,7 +44,7 @@ def test_stages_and_another_layout(shelf: Path, tmp_path: Path, cut: dict[str, A
 
 
 def test_what_is_read_is_a_note(shelf: Path):
-    with opened(shelf / "tp4", tp=2, rank=1) as found:
+    with opened(shelf / "tp4", Wanted(tp=2, rank=1)) as found:
         wanted = found.to_read()
     report = measure(shelf / "tp4", tp=2, rank=1)
     assert report.bytes == found.nbytes

@@ -239,7 +239,7 @@ def test_a_damaged_shard_is_not_carried_on(shards: Path, out: Path):
     path.write_bytes(flipped(path.read_bytes(), -1))
     with pytest.raises(ChecksumMismatch, match=r"model-rank-2-part-0\.safetensors: tensor '.*' differs"):
         shardtool.merge(shards, out)
-    assert not out.exists()
+    assert contents(out) == {}
     assert shardtool.merge(shards, out, verify=False).complete
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Barrier, Thread
 from typing import Any
@@ -11,10 +13,12 @@ from typing import Any
 import pytest
 
 import shardtool
+from shardtool import checkpoint, digest
 from shardtool.checkpoint import open_checkpoint
-from shardtool.errors import PlanError
+from shardtool.errors import Incomplete, PlanError, UsageError
 from shardtool.ops import output
 from shardtool.ops.job import Summary
+from shardtool.stores.base import Object
 from shardtool.stores.memory import MemoryStore
 from tests.builders import config, contents, model, put, tensors
 
@@ -111,7 +115,7 @@ def test_of_two_jobs_that_begin_at_once_none_harms_the_other(
             found = before(*args, **more)
             if len(waited) < 4:  # once in each of the two threads, for each of the two functions
                 waited.append(1)
-                together.wait(10)
+                together.wait(60)
             return found
 
         return done
@@ -131,7 +135,7 @@ def test_of_two_jobs_that_begin_at_once_none_harms_the_other(
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(60)
+        worker.join(120)
     assert failures
     assert all("has begun in" in str(failure) for failure in failures)
     if len(failures) == 1:
@@ -144,6 +148,99 @@ def test_another_jobs_unfinished_output_is_named(source: str, out: Path):
     shardtool.save(source, out, tp=2, ranks=[0])
     with pytest.raises(PlanError, match=r"the unfinished output of another job \(tp 2 shards of .*model\)"):
         shardtool.save(source, out, tp=1)
+
+
+def test_another_job_whose_record_cannot_be_read_is_told_of_with_the_reason(source: str, out: Path):
+    shardtool.save(source, out, tp=2, ranks=[0])
+    (record,) = (out / ".shardtool").rglob("job.json")
+    record.write_text("{")
+    with pytest.raises(
+        PlanError, match=r"another job \(.*/job\.json is cut short or damaged: it is not JSON\): finish"
+    ):
+        shardtool.save(source, out, tp=1)
+
+
+# Records that cannot be read
+
+
+def resealed(text: str, **other: Any) -> str:
+    """A record that says something else, as if it had been made so."""
+    said = json.loads(text)
+    made = json.dumps({**json.loads(said["record"]), **other})
+    return json.dumps({**said, "record": made, "digest": digest.of_bytes(made.encode())})
+
+
+DAMAGES: dict[str, tuple[Callable[[str], str], str]] = {
+    "cut": (lambda text: text[:20], "is cut short or damaged: it is not JSON"),
+    "empty": (lambda text: "", "is cut short or damaged: it is not JSON"),
+    "a list": (lambda text: "[]", "is no record of a job"),
+    "changed": (lambda text: text.replace('part\\": 0', 'part\\": 1'), "differs from its own digest"),
+    "of another": (lambda text: resealed(text, key="x.safetensors"), "is the record of x.safetensors"),
+}
+RANK_0 = "model-rank-0-part-0.safetensors"
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_whoever_writes_the_last_file_tells_of_a_record_that_keeps_the_job_from_its_end(
+    source: str, out: Path, damage: str
+):
+    shardtool.save(source, out, tp=2, ranks=[0])
+    (record,) = (out / ".shardtool").rglob(f"{RANK_0}.json")
+    change, why = DAMAGES[damage]
+    record.write_text(change(record.read_text()))
+    with pytest.raises(Incomplete) as told:
+        shardtool.save(source, out, tp=2, ranks=[1])
+    assert str(told.value).startswith(f"{record} {why}")
+    assert f"nothing tells whether {RANK_0} is whole: run the same command again" in str(told.value)
+    assert f"or remove what is there with shardtool clean {out}" in str(told.value)
+    assert not (out / "shardtool.json").exists()
+    assert shardtool.save(source, out, tp=2, ranks=[0]).complete  # as it was told to do
+    assert shardtool.verify(out, against=source).ok
+
+
+def test_a_damaged_record_is_nothing_to_tell_while_others_have_still_to_write(source: str, out: Path):
+    """Whoever writes that file may come yet, and writes it anew."""
+    shardtool.save(source, out, tp=4, ranks=[0])
+    (record,) = (out / ".shardtool").rglob(f"{RANK_0}.json")
+    record.write_text("")
+    assert not shardtool.save(source, out, tp=4, ranks=[1]).complete
+    assert shardtool.save(source, out, tp=4).complete
+
+
+@pytest.mark.parametrize("text", ["", None])
+def test_a_record_without_its_file_is_nothing_to_tell(source: str, out: Path, text: str | None):
+    """That file is still to be written: nothing of its name is there, or something of another size."""
+    shardtool.save(source, out, tp=2, ranks=[0])
+    (record,) = (out / ".shardtool").rglob(f"{RANK_0}.json")
+    if text is None:
+        record.write_text(resealed(record.read_text(), size=7))
+    else:
+        record.write_text(text)
+        (out / RANK_0).unlink()
+    assert not shardtool.save(source, out, tp=2, ranks=[1]).complete
+    assert shardtool.save(source, out, tp=2, ranks=[0]).complete
+    assert shardtool.verify(out, against=source).ok
+
+
+# What holds more than any checkpoint
+
+
+def test_an_output_that_holds_too_much_is_refused_before_it_is_read_whole(source: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(checkpoint, "MAX_OBJECTS", 3)
+
+    class Endless(MemoryStore):
+        def list(self, prefix: str = "") -> Iterator[Object]:
+            return (Object(f"{number:09}", 1) for number in itertools.count())
+
+    for overwrite in (True, False):
+        with pytest.raises(UsageError, match="more than 3 files; name the folder of one checkpoint"):
+            shardtool.save(source, Endless(), tp=2, overwrite=overwrite)
+
+
+def test_an_output_that_holds_as_much_as_may_be_is_taken(source: str, out: Path, monkeypatch: pytest.MonkeyPatch):
+    put(out, {f"{number}.txt": b"mine" for number in range(5)})
+    monkeypatch.setattr(checkpoint, "MAX_OBJECTS", 5)
+    assert shardtool.save(source, out, tp=2, overwrite=True).complete
 
 
 @pytest.mark.parametrize("kind", ["itself", "full"])

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import shardtool
-from shardtool.ops.bench import bench
-from shardtool.ops.pull import pull
+from shardtool.errors import UsageError
 from shardtool.stores.memory import MemoryStore
 from tests.builders import config, model, put, tensors
 
@@ -64,8 +63,8 @@ def test_tensors_are_loaded(source: Mine, shards: Mine, tmp_path: Path) -> None:
 
 
 def test_side_files_are_pulled_and_speed_is_measured(shards: Mine, tmp_path: Path) -> None:
-    assert [file.key for file in pull(shards, tmp_path / "side").brought][:1] == ["config.json"]
-    assert bench(shards, seconds=0.2).uri == "mine://shards"
+    assert [file.key for file in shardtool.pull(shards, tmp_path / "side").brought][:1] == ["config.json"]
+    assert shardtool.bench(shards, seconds=0.2).uri == "mine://shards"
 
 
 def test_a_job_is_taken_up_where_it_was_left(source: Mine) -> None:
@@ -79,3 +78,61 @@ def test_a_job_is_taken_up_where_it_was_left(source: Mine) -> None:
 def test_the_source_itself_is_no_output(source: Mine) -> None:
     with pytest.raises(shardtool.PlanError, match="mine://source is the source itself"):
         shardtool.save(source, source, tp=2)
+
+
+def test_an_engine_may_be_asked_about_a_model_in_a_store(source: Mine) -> None:
+    """The model is opened; what is missing here is the engine."""
+    with pytest.raises(UsageError, match="vLLM is not installed here"):
+        shardtool.trace(source, tp=2)
+    with pytest.raises(shardtool.NotFound, match="mine://empty has no "):
+        shardtool.trace(Mine("mine://empty"), tp=2)
+
+
+def test_what_a_killed_job_left_is_removed(source: Mine) -> None:
+    store = Mine("mine://out")
+    shardtool.save(source, store, tp=2, ranks=[0])
+    assert len(shardtool.clean(store, yes=True, older_than=0).removed) == 3
+    assert list(store.list()) == []
+
+
+def test_what_a_rank_of_other_sizes_holds_is_cut_on_the_way(source: Mine, shards: Mine) -> None:
+    for rank in (0, 1):
+        held = shardtool.load(shards, rank=rank)
+        cut = shardtool.load(source, tp=2, rank=rank)
+        assert all(torch.equal(cut[name], held[name]) for name in held)
+        target = {name: torch.zeros_like(tensor) for name, tensor in held.items()}
+        shardtool.load_into(target, shards, rank=rank)
+        assert all(torch.equal(target[name], held[name]) for name in held)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_torch_distributed_checkpoint_reads_it(source: Mine, shards: Mine) -> None:
+    from torch.distributed import checkpoint as dcp
+
+    from shardtool.integrations.dcp import ShardtoolReader
+
+    whole = shardtool.load(source)
+    state = {name: torch.zeros_like(tensor) for name, tensor in whole.items()}
+    dcp.load(state, storage_reader=ShardtoolReader(shards), no_dist=True)
+    assert all(torch.equal(state[name], whole[name]) for name in whole)
+
+
+def test_a_store_that_is_called_like_a_file_is_a_folder_all_the_same(source: Mine) -> None:
+    store = Mine("mine://llama.safetensors")
+    for thing in source.list():
+        store.put(thing.key, source.get(thing.key, limit=1 << 20))
+    assert shardtool.inspect(store).kind == "huggingface"
+    assert shardtool.load(store).keys() == tensors(config()).keys()
+
+
+def test_where_only_a_file_or_a_folder_will_do_a_store_is_refused(source: Mine, tmp_path: Path) -> None:
+    store = Mine("mine://out")
+    with pytest.raises(UsageError, match=r"^mine://out is a store: files are pulled into a folder of this machine"):
+        shardtool.pull(source, store)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"^output=mine://out is a store, not a file: write the path or address"):
+        shardtool.trace(source, tp=2, output=store)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"^layout=.* is not a text"):
+        shardtool.save(source, tmp_path / "out", tp=2, layout=store)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"^mine://source/model-.* cannot be borrowed: only files of this machine"):
+        shardtool.load(source, borrow=True)
+    assert list(store.list()) == []

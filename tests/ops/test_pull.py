@@ -311,24 +311,33 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def test_one_that_waits_finds_it_done(to):
+def test_one_that_waits_finds_it_done(to, monkeypatch):
     """Even of a store that tells no versions: nothing can have changed in so short a time."""
     memory = Plain()
     memory.put("config.json", b"{}")
     results: list[Pulled] = []
     store = CountingStore(memory)
 
+    turned_away = threading.Semaphore(0)
+    flock = fcntl.flock
+
+    def told(file: int, how: int) -> None:
+        try:
+            flock(file, how)
+        except BlockingIOError:  # now it waits
+            turned_away.release()
+            raise
+
     def run() -> None:
         results.append(pull(store, to))
 
     threads = [threading.Thread(target=run) for _ in range(4)]
     with locked(to):
+        monkeypatch.setattr(fcntl, "flock", told)
         for thread in threads:
             thread.start()
-        deadline = time.monotonic() + 30
-        while store.calls["list"] < 4 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(0.1)
+        for _ in threads:
+            assert turned_away.acquire(timeout=60)
         assert not results
     for thread in threads:
         thread.join()

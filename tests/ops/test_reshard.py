@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 
 import shardtool
+from shardtool import stores
 from shardtool.errors import (
     ChecksumMismatch,
     FormatError,
@@ -21,10 +22,12 @@ from shardtool.errors import (
 )
 from shardtool.layouts import tables
 from tests.builders import (
+    COUNTING,
     KINDS,
     Files,
     config,
     contents,
+    counted,
     engine_saved,
     flipped,
     model,
@@ -135,7 +138,41 @@ def test_a_damaged_shard_is_not_carried_on(shards: Path, tmp_path: Path):
         ChecksumMismatch, match=rf"{re.escape(key)}: tensor '.*' differs from its digest.*nothing was written"
     ):
         shardtool.reshard(shards, tmp_path / "out", tp=2)
-    assert not (tmp_path / "out").exists()
+    assert contents(tmp_path / "out") == {}
+
+
+def test_damage_in_a_copy_that_is_not_needed_is_found_too(shards: Path, tmp_path: Path):
+    """All ranks have the norms, of which one rank's are read; and what was there before is still there."""
+    path = shards / "model-rank-3-part-0.safetensors"
+    data = path.read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    norm = next(entry for name, entry in header.items() if name.endswith("input_layernorm.weight"))
+    path.write_bytes(flipped(data, 8 + int.from_bytes(data[:8], "little") + norm["data_offsets"][0]))
+    with pytest.raises(ChecksumMismatch, match=r"rank-3.*input_layernorm.* differs .*; nothing was written"):
+        shardtool.reshard(shards, tmp_path / "out", tp=2)
+    assert contents(tmp_path / "out") == {}
+    assert shardtool.reshard(shards, tmp_path / "some", tp=2, ranks=[0]).written  # which reads none of rank 3
+    assert shardtool.reshard(shards, tmp_path / "out", tp=2, verify=False).complete
+    made = contents(tmp_path / "out")
+    with pytest.raises(ChecksumMismatch, match=r"nothing was written"):
+        shardtool.reshard(shards, tmp_path / "out", tp=1, overwrite=True)
+    assert contents(tmp_path / "out") == made
+
+
+@pytest.mark.parametrize("limit", ["200KiB", "64MiB"])
+def test_every_byte_of_the_input_is_read_once_and_checked_on_the_way(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str
+):
+    """Where there is memory for the chunks of which a part is wanted; else everything is read to be checked first."""
+    monkeypatch.setitem(stores.SCHEMES, "counted", COUNTING)
+    held = contents(shards)
+    with places() as place:
+        uri = put(place("shards"), held).replace("memory", "counted")
+        shardtool.reshard(uri, tmp_path / "out", tp=2, memory_limit=limit)
+        spans = [span for key, read in counted(uri).reads.items() if key.endswith(".safetensors") for span in read]
+    behind_headers = sum(b - a for a, b in spans if a)
+    data = sum(len(d) - 8 - int.from_bytes(d[:8], "little") for key, d in held.items() if key.endswith(".safetensors"))
+    assert behind_headers == data if limit == "64MiB" else behind_headers > 3 * data // 2
 
 
 def test_without_verify_the_digests_of_the_input_are_not_looked_at(shards: Path, tmp_path: Path):

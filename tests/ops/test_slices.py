@@ -24,7 +24,7 @@ from shardtool import stores
 from shardtool.dtypes import DType
 from shardtool.errors import BudgetTooSmall, ChecksumMismatch, NotFound, PlanError, UnsupportedModel, UsageError
 from shardtool.layouts import file as files
-from shardtool.ops.slices import opened, sliced
+from shardtool.ops.slices import Wanted, opened, sliced
 from shardtool.units import parse_size
 from tests import builders, quants
 from tests.builders import COUNTING, Files, Tensors, config, counted, model, places, put, random, tensors
@@ -223,14 +223,14 @@ def test_each_rank_reads_the_bytes_of_its_rows_and_whole_bands_of_what_is_cut_al
         else:
             half += nbytes // 2
     for rank in range(2):
-        with opened(uri, tp=2, rank=rank) as found:
+        with opened(uri, Wanted(tp=2, rank=rank)) as found:
             assert found.to_read() == half
             assert read_by(uri, found.tensors(concurrency=3)) == (half, half)
 
 
 def test_a_limit_does_not_make_it_read_more(counting: Any):
     uri, _, _ = counting
-    with opened(uri, tp=2, rank=1) as found:
+    with opened(uri, Wanted(tp=2, rank=1)) as found:
         assert found.to_read(memory_limit=0) == found.to_read()
         assert read_by(uri, found.tensors(memory_limit=0))[0] == found.to_read()
 
@@ -239,7 +239,7 @@ def test_a_plan_reads_headers_only(counting: Any):
     uri, _, raws = counting
     store = counted(uri)
     store.reset()
-    with opened(uri, tp=2, rank=0) as found:
+    with opened(uri, Wanted(tp=2, rank=0)) as found:
         found.to_read()
         assert found.entries()
         most = store.stat("model.safetensors").size - sum(raw.array.nbytes for raw in raws.values())
@@ -256,7 +256,7 @@ def test_long_rows_are_read_apart(monkeypatch: pytest.MonkeyPatch):
         uri = put(place("model"), model(made, raws)).replace("memory://", "counted://")
         rows = raws["model.layers.0.mlp.down_proj.weight"].array
         assert rows.shape == (8, 1 << 18)
-        with opened(uri, tp=4, rank=3) as found:
+        with opened(uri, Wanted(tp=4, rank=3)) as found:
             assert found.to_read() < sum(raw.array.nbytes for raw in raws.values()) // 4 + (1 << 16)
             assert read_by(uri, found.tensors())[0] == found.to_read()
 
@@ -269,7 +269,7 @@ def test_shards_of_other_sizes_are_read_in_part(monkeypatch: pytest.MonkeyPatch)
         shardtool.save(source, four, tp=4)
         uri = four.replace("memory://", "counted://")
         for rank in range(2):
-            with opened(uri, tp=2, rank=rank, verify=False) as found:
+            with opened(uri, Wanted(tp=2, rank=rank, verify=False)) as found:
                 assert read_by(uri, found.tensors()) == (found.to_read(), found.to_read())
                 made_of = [part.tensor.nbytes for part in found.slices if part.pieces]  # the others are constants
                 assert found.to_read() == sum(made_of)
@@ -288,7 +288,7 @@ def source() -> Iterator[str]:
 
 
 def test_a_plan_says_what_comes_and_in_which_order(source: str):
-    with opened(source, tp=2, rank=1) as found:
+    with opened(source, Wanted(tp=2, rank=1)) as found:
         assert (found.layout, found.dtype) == ("the built-in table llama", DType.BF16)
         said = found.entries()
         came = [(name, tensor) for name, tensor in found.tensors()]
@@ -324,7 +324,7 @@ def test_an_iterator_that_is_closed_stops_its_threads(source: str, taken: int, l
 
 def test_progress_ends_with_all_bytes(source: str):
     told: list[tuple[int, int]] = []
-    with opened(source, tp=2, rank=0) as found:
+    with opened(source, Wanted(tp=2, rank=0)) as found:
         for _ in found.tensors(progress=lambda done, total: told.append((done, total))):
             pass
         assert told == sorted(told)
@@ -334,7 +334,7 @@ def test_progress_ends_with_all_bytes(source: str):
 def test_a_file_that_ends_too_soon_is_an_error_of_the_caller(tmp_path: Path):
     made = config()
     place = Path(put(tmp_path / "model", model(made, tensors(made))))
-    with opened(place, tp=2, rank=0) as found:
+    with opened(place, Wanted(tp=2, rank=0)) as found:
         data = (place / "model.safetensors").read_bytes()
         (place / "model.safetensors").write_bytes(data[: len(data) // 2])
         with pytest.raises(shardtool.FormatError, match=r"model\.safetensors"):
@@ -417,7 +417,7 @@ def test_bringing_takes_the_limit_and_the_tensor_that_was_handed_over(tmp_path: 
 def test_many_small_tensors_come_with_the_least_memory(tmp_path: Path):
     made = config(num_hidden_layers=40, hidden_size=64, intermediate_size=96)
     source = put(tmp_path / "model", model(made, tensors(made), files=3))
-    with opened(source, tp=2, rank=0) as found, pytest.raises(BudgetTooSmall) as error:
+    with opened(source, Wanted(tp=2, rank=0)) as found, pytest.raises(BudgetTooSmall) as error:
         found.tensors(memory_limit=1)
     assert error.value.needed < 200 << 10
     for concurrency in (1, 16):
@@ -463,14 +463,14 @@ def test_a_part_of_a_chunk_costs_the_chunk(concurrency: int, monkeypatch: pytest
         source, two = put(place("model"), model(made, tensors(made))), place("two")
         shardtool.save(source, two, tp=2)
         uri = two.replace("memory://", "counted://")
-        with opened(uri, tp=4, rank=3, verify=False) as plain, opened(uri, tp=4, rank=3) as found:
+        with opened(uri, Wanted(tp=4, rank=3, verify=False)) as plain, opened(uri, Wanted(tp=4, rank=3)) as found:
             assert found.to_read() > plain.to_read()
             total, distinct = read_by(uri, found.tensors(concurrency=concurrency))
             assert total == distinct == found.to_read()
 
 
 def test_checking_takes_memory_that_is_counted(damaged: Path):
-    with opened(damaged, tp=2, rank=0) as found, opened(damaged, tp=2, rank=0, verify=False) as plain:
+    with opened(damaged, Wanted(tp=2, rank=0)) as found, opened(damaged, Wanted(tp=2, rank=0, verify=False)) as plain:
         needed = []
         for slices in (found, plain):
             with pytest.raises(BudgetTooSmall) as error:

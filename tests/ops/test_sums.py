@@ -6,12 +6,19 @@ import hashlib
 import json
 import shutil
 import subprocess
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import shardtool
 from shardtool import manifest
+from shardtool.errors import StoreError
+from shardtool.ops import sums
+from shardtool.ops.sums import Sums
+from shardtool.stores.base import Object
 from shardtool.stores.memory import MemoryStore
 from shardtool.testing import CountingStore
 from tests.builders import config, contents, flipped, model, put, tensors
@@ -100,6 +107,101 @@ def test_files_that_an_earlier_run_wrote_are_read_once(source: str, out: Path) -
     shardtool.save(source, out, tp=2, sha256=True)
     assert listed(out) == truth(out)
     assert shardtool.verify(out).ok
+
+
+# Files that have to be read
+
+
+class Far(MemoryStore):
+    """A store whose every answer takes a while. ``most``: reads that were under way at once; ``longest``: of one.
+
+    No read ends before so many as ``wanted`` have met, and none sooner than another one more could begin.
+    """
+
+    def __init__(self, wanted: int = 1) -> None:
+        super().__init__()
+        self._changed = threading.Condition()
+        self._wanted = wanted
+        self._reads = self.most = self.longest = 0
+
+    def readinto(self, key: str, start: int, view: memoryview) -> None:
+        with self._changed:
+            self._reads += 1
+            self.most, self.longest = max(self.most, self._reads), max(self.longest, len(view))
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self.most >= self._wanted, 20)
+        time.sleep(0.02)
+        super().readinto(key, start, view)
+        with self._changed:
+            self._reads -= 1
+
+
+def far(*sizes: int, wanted: int) -> tuple[Far, dict[str, tuple[str, int]]]:
+    """A store with objects of some sizes, and the truth of them."""
+    store, truth = Far(wanted), {}
+    for number, size in enumerate(sizes):
+        data = bytes([number + 1]) * size
+        store.put(f"{number}.bin", data)
+        truth[f"{number}.bin"] = hashlib.sha256(data).hexdigest(), size
+    return store, truth
+
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("means", "most", "longest"),
+    [
+        (Sums(memory_limit="64MiB", concurrency=4), 4, 8 * MIB),
+        (Sums(memory_limit="24MiB"), 2, 8 * MIB),
+        (Sums(memory_limit="4MiB"), 1, 2 * MIB),
+        (Sums(memory_limit=1), 1, 64 << 10),  # less than anything can be read with
+    ],
+)
+def test_as_much_is_read_at_once_as_the_limit_has_room_for(means: Sums, most: int, longest: int) -> None:
+    store, truth = far(5 * longest + 1, 0, 5, wanted=most)
+    assert sums.hashed(store, means, truth) == truth
+    assert (store.most, store.longest) == (most, longest)
+
+
+def test_small_files_are_read_side_by_side() -> None:
+    store, truth = far(*range(100, 120), wanted=8)
+    assert sums.hashed(store, Sums(concurrency=8), truth) == truth
+    assert store.most == 8
+
+
+def test_of_nothing_there_are_no_sums() -> None:
+    assert sums.hashed(Far(), Sums(), []) == {}
+
+
+def test_sums_have_the_means_of_their_job(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Sums] = []
+
+    def seen(store: Any, wanted: Sums, keys: Any) -> dict[str, tuple[str, int]]:
+        told.append(wanted)
+        return hashed(store, wanted, keys)
+
+    hashed = sums.hashed
+    monkeypatch.setattr(sums, "hashed", seen)
+    for begun in (None, [0]):  # complete already, or half of it
+        shardtool.save(source, store := MemoryStore(), tp=2, ranks=begun)
+        told.clear()
+        assert shardtool.save(source, store, tp=2, sha256=True, memory_limit="3MiB", concurrency=2).complete
+        assert {(one.memory_limit, one.concurrency) for one in told} == {("3MiB", 2)}
+
+
+def test_a_file_that_is_replaced_while_it_is_hashed_has_no_sum() -> None:
+    class Changing(MemoryStore):
+        version = 0
+
+        def stat(self, key: str) -> Object:
+            self.version += 1
+            return Object(key, super().stat(key).size, str(self.version))
+
+    store = Changing()
+    store.put("a.bin", bytes(3 * MIB))
+    with pytest.raises(StoreError, match=r"a\.bin was replaced while it was read"):
+        sums.of(store, "a.bin")
 
 
 def test_sums_can_be_asked_for_afterwards(source: str, out: Path) -> None:

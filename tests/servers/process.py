@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import itertools
 import os
 import shutil
 import signal
@@ -18,15 +20,24 @@ from pathlib import Path
 import pytest
 
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-STARTS_WITHIN = 60.0
+STARTS_WITHIN = 120.0
+_FIRST_PORT, _EACH, _WORKERS = 20_000, 1500, 8
+_numbers = itertools.count(os.getpid())
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that nobody listens on now, and that nobody else gets before a server does.
+
+    It lies below those that systems choose from for connections, and each worker of a test run has a range of its own,
+    of which it takes one after the other.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % _WORKERS
+    for _ in range(_EACH):
+        port = _FIRST_PORT + worker * _EACH + next(_numbers) % _EACH
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    pytest.fail(f"none of {_EACH} ports is free")
 
 
 def program(name: str, package: str) -> str:

@@ -24,6 +24,7 @@ from urllib.parse import parse_qs, urlsplit
 from tests.servers.weather import Fault, Weather
 
 Headers = list[tuple[str, str]]
+_PATIENCE = 60.0  # seconds that the server behind a proxy may take
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,35 @@ class Trouble:
             return True
 
 
+class _UnderWay:
+    """The requests that are at the server behind a proxy."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._changed = threading.Condition()
+
+    def __enter__(self) -> None:
+        with self._changed:
+            self._count += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._count -= 1
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        """Wait until there is none."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: not self._count, 2 * _PATIENCE), (
+                "the server behind a proxy says nothing"
+            )
+
+
 class Proxy:
     """A proxy in front of an HTTP server of this machine. Use as a context manager; ``trouble`` says what it does.
 
-    ``weather``: chosen by its seed, besides. ``delay``: seconds that every request takes longer.
+    ``weather``: chosen by its seed, besides. ``delay``: seconds that every request takes longer. When it has ended, so
+    has all that it asked the server for: what a client gave up does not change anything later.
     """
 
     def __init__(self, upstream: str, weather: Weather | None = None, *, delay: float = 0.0) -> None:
@@ -81,6 +107,7 @@ class Proxy:
         self.weather = weather
         proxy = self
         self.delay = delay
+        self._under_way = _UnderWay()
 
         class Handler(_Handler):
             def setup(self) -> None:
@@ -89,6 +116,7 @@ class Proxy:
                 self.weather = proxy.weather
                 self.delay = proxy.delay
                 self.upstream = (host, port)
+                self.under_way = proxy._under_way
 
         self._server = _Server(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
@@ -104,6 +132,7 @@ class Proxy:
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
+        self._under_way.end()
 
 
 class _Server(ThreadingHTTPServer):
@@ -120,6 +149,7 @@ class _Handler(BaseHTTPRequestHandler):
     weather: Weather | None
     delay: float
     upstream: tuple[str, int]
+    under_way: _UnderWay
 
     def log_message(self, *_: object) -> None:
         """Tests look at ``Trouble.seen`` instead."""
@@ -135,6 +165,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._end(fault, after=fault.seconds if fault.kind == "deaf" else 0)
             return
         body = self.rfile.read(length)
+        if len(body) < length:  # whoever sent it has given up; the server would wait for the rest
+            self.close_connection = True
+            return
         with trouble.lock:
             trouble.seen.append(Request(method, self.path, asked))
         if trouble.takes("lost", method):
@@ -218,14 +251,15 @@ class _Handler(BaseHTTPRequestHandler):
         dropped = {"expect", "connection"} | (
             {"range", "x-ms-range"} if self.trouble.ignore_ranges or whole or range else set()
         )
-        connection = http.client.HTTPConnection(*self.upstream, timeout=60)
+        connection = http.client.HTTPConnection(*self.upstream, timeout=_PATIENCE)
         try:
             headers = {name: value for name, value in self.headers.items() if name.lower() not in dropped}
             if range:
                 headers["Range"] = range
-            connection.request(method, self.path, body or None, headers)
-            with connection.getresponse() as response:
-                found = response.status, response.getheaders(), response.read()
+            with self.under_way:
+                connection.request(method, self.path, body or None, headers)
+                with connection.getresponse() as response:
+                    found = response.status, response.getheaders(), response.read()
         finally:
             connection.close()
         ends = self.trouble.changed

@@ -103,9 +103,22 @@ def test_what_is_never_opened_takes_nothing_of_the_device():
     def make() -> Events:
         raise AssertionError("nobody asked for it")
 
-    before = threading.active_count()
+    before = set(threading.enumerate())
     Queued(make, Clock(), print).close()
-    assert threading.active_count() == before
+    assert set(threading.enumerate()) <= before
+
+
+def test_what_cannot_be_waited_for_is_given_back_at_once(monkeypatch: pytest.MonkeyPatch):
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    device = Late()
+    copier = Queued(lambda: device, Clock(), print)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RuntimeError, match="can't start"):
+        copier.open()
+    assert device.closed
+    copier.close()
 
 
 @pytest.mark.cuda
@@ -129,7 +142,8 @@ def test_a_gpu_gets_what_was_in_registered_memory():
     device = torch.device("cuda", 0)
     copier = opened(Cuda(arena.memory, [device]), errors)
     source = torch.frombuffer(arena.memory, dtype=torch.uint8)
-    targets = [torch.zeros(1 << 20, dtype=torch.uint8, device=device) for _ in range(8)]
+    with copier.making():  # else their zeros might come behind the copies
+        targets = [torch.zeros(1 << 20, dtype=torch.uint8, device=device) for _ in range(8)]
     for number, target in enumerate(targets):
         part = source[number << 20 : (number + 1) << 20]
         part.fill_(number + 1)

@@ -132,7 +132,7 @@ class Waiting(MemoryStore):
         write = writer.write
 
         def waiting(offset: int, view: Buffer) -> None:
-            assert not offset or self.event.wait(30)
+            assert not offset or self.event.wait(60)
             write(offset, view)
 
         writer.write = waiting  # type: ignore[method-assign]
@@ -157,7 +157,7 @@ def test_a_tile_is_hashed_while_the_tile_before_it_is_written(monkeypatch: pytes
     writing = threading.Thread(target=bring, args=(sink, first, b"abcdefgh"))
     writing.start()
     bring(sink, second, b"abcdefgh")
-    writing.join(30)
+    writing.join(60)
     assert store.get(sink.file.key, limit=1 << 20) == sink.file.header + b"abcdefgh"
     assert [tensor.digest.blake3 for tensor in records[0].tensors] == [digest.of_bytes(x) for x in (b"abcd", b"efgh")]
 
@@ -191,7 +191,7 @@ def test_files_take_turns_in_the_slots_of_uploads():
     assert not began.wait(0.05)
     for tile in tiles(first, []):
         bring(first, tile, bytes(20))
-    assert began.wait(10)
+    assert began.wait(60)
     thread.join()
     second.abort()
 
@@ -211,6 +211,6 @@ def test_whoever_waits_for_a_slot_is_woken_when_the_run_fails():
     thread = threading.Thread(target=take)
     thread.start()
     slots.stop()
-    thread.join(10)
+    thread.join(60)
     assert len(raised) == 2
     assert slots.nbytes == 8

@@ -23,7 +23,6 @@ from datetime import datetime
 from typing import Any, TypeVar
 
 from shardtool.errors import (
-    AccessDenied,
     AlreadyExists,
     FormatError,
     NotFound,
@@ -34,6 +33,7 @@ from shardtool.errors import (
 )
 from shardtool.stores.address import scheme_of, shown
 from shardtool.stores.base import CheckedWriter, Object, Store, Unfinished, check_key, is_key, target
+from shardtool.stores.fsspec.errors import not_opened, translated
 from shardtool.stores.local import temporary
 from shardtool.stores.wire.retry import Again
 
@@ -201,12 +201,8 @@ class RemoteStore(Store):
             raise UsageError(f"{self.uri} needs another library: {' '.join(str(error).split())}") from error
         except ShardtoolError:
             raise
-        except ValueError as error:  # its text may have a part of the password
-            raise UsageError(
-                f"{self.uri} is no address that fsspec understands: correct it, and quote a password (%2F for a slash)"
-            ) from error
         except Exception as error:
-            raise translated(error, self.uri) from error
+            raise not_opened(error, self.uri) from error
         self._root = str(path).rstrip("/")
         if channel := getattr(getattr(fs, "ftp", None), "get_channel", None):
             channel().settimeout(_SILENCE)
@@ -384,7 +380,9 @@ class _MovingWriter(_RemoteWriter):
                 line.folder(posixpath.dirname(self._path))
                 line.move(self._temporary, self._path)
             except OSError:
-                if not line.fs.exists(self._temporary):
+                # Then it was renamed all the same, and replaced at once. Another try would only remove what is there.
+                if self._gone(line):
+                    self._expect_none(line)
                     raise StoreError(
                         f"what was written of {self._where} has been removed meanwhile: write it again"
                     ) from None
@@ -393,6 +391,22 @@ class _MovingWriter(_RemoteWriter):
                 time.sleep(0.01 * turn)
             else:
                 return
+
+    def _gone(self, line: _Line) -> bool:
+        """Whether there is no temporary file any more. Some servers say that there is until it is read."""
+        try:
+            line.file(self._temporary)
+            return line.read(self._temporary, 0, memoryview(bytearray(min(1, self._size)))) < min(1, self._size)
+        except OSError as error:
+            return isinstance(error, FileNotFoundError) or "no such file" in str(error).lower()
+
+    def _expect_none(self, line: _Line) -> None:
+        """Refuse an exclusive object where another writer's is there, or comes within a moment."""
+        for turn in range(_TRIES if self._exclusive else 0):
+            with contextlib.suppress(FileNotFoundError):
+                line.file(self._path)
+                raise AlreadyExists(f"{self._where} exists already: delete it or choose another name") from None
+            time.sleep(0.01 * turn)
 
     def _abort(self) -> None:
         with contextlib.suppress(ShardtoolError):
@@ -450,30 +464,3 @@ def _changed(info: dict[str, Any]) -> float:
         if isinstance(found, int | float):
             return float(found)
     return 0.0
-
-
-def translated(error: BaseException, where: str) -> ShardtoolError:
-    """The error of shardtool that an error of fsspec, or of a library under it, means for ``where``."""
-    text = " ".join(str(error).split())
-    name = type(error).__name__
-    match error:
-        case FileNotFoundError() | NotADirectoryError() | IsADirectoryError():
-            return NotFound(f"{where} does not exist")
-        case PermissionError():
-            return AccessDenied(f"access to {where} is denied: check the account and its permissions")
-        case FileExistsError():
-            return StoreError(f"{where} cannot be written: something of this name is in the way")
-        case NotImplementedError():
-            return UsageError(f"{where} can only be read: fsspec cannot do there what was asked for")
-        case _ if "Authentication" in name or "PasswordRequired" in name:
-            return AccessDenied(
-                f"the server of {where} refuses the credentials ({name}): correct user, password or key"
-            )
-        case OSError() | EOFError() | TimeoutError():
-            return Unavailable(f"the connection to {where} broke ({text or name}): try again")
-        case _ if "SSH" in name or "Connection" in name or "Timeout" in name:
-            return Unavailable(f"the connection to {where} broke ({text or name}): try again")
-        case ValueError() | TypeError() | KeyError():
-            return UsageError(f"{where} cannot be opened by fsspec ({name}: {text}): correct the address")
-        case _:
-            return StoreError(f"{where} failed ({name}: {text})")

@@ -31,6 +31,7 @@ from shardtool.errors import (
     UsageError,
 )
 from shardtool.stores.wire.http import Answer
+from shardtool.stores.wire.link import no_connection, server_of, unreached
 from shardtool.stores.wire.retry import PASSING, Busy, retry_after
 
 _LOGIN = "run gcloud auth application-default login, or name a service account's file in GOOGLE_APPLICATION_CREDENTIALS"
@@ -70,9 +71,10 @@ def translated(error: Exception, where: str, *, anonymous: bool = False) -> Shar
         case http.InvalidJSONError() | AttributeError() | TypeError() | LookupError():
             # The library takes any answer for a JSON object, an empty one too.
             return Unavailable(f"the server of {where} answers with something that is no JSON object: try again")
-        case http.ConnectionError() | http.Timeout() | http.ChunkedEncodingError():
-            text = _text(error)
-            return Unavailable(f"the server of {where} cannot be reached ({text}): check the network and the endpoint")
+        case http.ConnectTimeout() | http.ConnectionError() if no_connection(error) or isinstance(error, http.Timeout):
+            return unreached(where, *server_of(str(getattr(error.request, "url", None) or "")), error)
+        case http.Timeout():
+            return Unavailable(f"the server of {where} is silent or too slow ({_text(error)}): try again")
         case ValueError():
             return UsageError(f"{where} cannot be asked for ({_text(error)}): correct the address or Google's settings")
         case _:

@@ -24,7 +24,7 @@ from shardtool.errors import ShardtoolError, StoreError, Unavailable, UsageError
 from shardtool.stores import accounts
 from shardtool.stores.base import Buffer, check_key
 from shardtool.stores.redis.errors import Refusal, translated
-from shardtool.stores.wire.link import Link, Pace, connect
+from shardtool.stores.wire.link import Link, Pace, connect, reason, unreached
 
 _INLINE = 16 << 10  # arguments up to this size are sent together with what is before them
 _LINE = 64 << 10
@@ -379,10 +379,9 @@ class Pool:
         return wire
 
     def _broken(self, error: BaseException, wire: Wire | None, where: str) -> Unavailable:
-        text = " ".join(str(error).split()) or type(error).__name__
         if wire is None:
-            server = f"{self._address.host}:{self._address.port}"
-            return Unavailable(f"the server of {where} cannot be reached at {server} ({text}): check that it runs")
+            return unreached(where, self._address.host, self._address.port, error)
+        text = reason(error)
         if not wire.heard and not self._tls:
             return Unavailable(
                 f"the server of {where} broke the connection without a word ({text}): if it speaks TLS, write rediss://"

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 from shardtool.calm import calm
-from shardtool.errors import UsageError
+from shardtool.errors import ShardtoolError, UsageError
 from shardtool.stores import accounts
 from shardtool.stores.s3.errors import translated
 from shardtool.stores.wire.http import Request, Wire
@@ -132,12 +132,17 @@ class Client:
 
     def renew(self, refused: ReadOnlyCredentials | None) -> bool:
         """Look up credentials anew; whether they are others than those that were refused."""
+        from botocore.exceptions import BotoCoreError, ClientError
+
         if self._access.access_key_id or refused is None:
             return False
-        with self._lock:
-            if self.credentials() == refused:
-                self._begin()
-        return self.credentials() != refused
+        try:
+            with self._lock:
+                if self.credentials() == refused:
+                    self._begin()
+            return self.credentials() != refused
+        except (BotoCoreError, ClientError, ShardtoolError, OSError, ValueError):
+            return False  # that they were refused says more than that no others can be had
 
     def close(self) -> None:
         """Close the connections."""

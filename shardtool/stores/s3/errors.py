@@ -32,6 +32,7 @@ from shardtool.errors import (
     UsageError,
 )
 from shardtool.stores.wire.http import Answer
+from shardtool.stores.wire.link import server_of, unreached
 from shardtool.stores.wire.retry import Busy, retry_after
 
 _CODE = re.compile(rb"<Code>([A-Za-z0-9._-]{1,100})</Code>")
@@ -40,7 +41,10 @@ _PASSING = ("InternalError", "RequestTimeout", "ServiceUnavailable", "OperationA
 _DAMAGED = ("BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch")
 _UNKNOWN = ("NotImplemented", "InvalidRequest", "InvalidArgument")
 _REDIRECTED = ("PermanentRedirect", "TemporaryRedirect", "AuthorizationHeaderMalformed", "IncorrectEndpoint")
-_CREDENTIALS = ("ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "TokenRefreshRequired")
+_CREDENTIALS = (
+    *("ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "TokenRefreshRequired"),
+    *("ExpiredTokenException", "InvalidIdentityToken", "IDPRejectedClaim", "InvalidClientTokenId"),  # of STS
+)
 
 
 class Unsupported(StoreError):
@@ -130,6 +134,7 @@ def _of_client(error: BaseException, where: str) -> ShardtoolError:
         boto.ProfileNotFound,
         boto.ConfigParseError,
         boto.ConfigNotFound,
+        boto.InvalidConfigError,
         boto.InvalidRegionError,
         boto.NoRegionError,
         boto.UnknownEndpointError,
@@ -143,8 +148,12 @@ def _of_client(error: BaseException, where: str) -> ShardtoolError:
             return UsageError(f"{where} cannot be asked for ({text}): correct the address or the AWS settings")
         case boto.SSLError():
             return StoreError(f"the server of {where} cannot be trusted ({text}): see AWS_CA_BUNDLE")
-        case boto.EndpointConnectionError():
-            return Unavailable(f"the server of {where} cannot be reached ({text}): check AWS_ENDPOINT_URL")
+        case boto.EndpointConnectionError() | boto.ConnectTimeoutError() | boto.ProxyConnectionError():
+            address = error.kwargs.get("endpoint_url") or error.kwargs.get("proxy_url") or ""
+            return unreached(where, *server_of(str(address)), error)
+        case FileNotFoundError() | PermissionError() | IsADirectoryError() | NotADirectoryError():
+            text = f"{error.filename}: {error.strerror}"  # a token or certificates that the settings name
+            return UsageError(f"{where} cannot be asked for ({text}): correct the AWS settings")
         case boto.HTTPClientError() | boto.IncompleteReadError() | OSError():
             return Unavailable(f"the connection to the server of {where} broke ({text}): try again")
         case _:

@@ -3,20 +3,22 @@
 ::
 
     readinto ── ranged GETs over our own wire, straight into the view      stores.wire
-    create   ── up to 8 MiB:  gathered, one PUT                            exclusive: with If-None-Match
+    put      ── up to 8 MiB, exclusive up to 512: one PUT from the caller's memory
+    create   ── up to 8 MiB:  gathered, one PUT
              ── larger:       parts of 5 MiB, several at a time, straight from the caller's memory
+    exclusive ─ the PUT, or the end of the upload, with If-None-Match
     list, stat, delete, the beginning and the end of an upload ── boto3
 
 Endpoint, region and credentials are boto3's business (``AWS_PROFILE``, ``AWS_ENDPOINT_URL``, ...). Not every server is
-Amazon's, so nothing here rests on ``If-Match`` or on conditions of a multipart upload, and checksums are sent to those
+Amazon's, so elsewhere nothing rests on ``If-Match`` or on conditions of a multipart upload; checksums are sent to those
 that know them: servers exist that send the checksum of the whole object with a part of it, or that ignore conditions.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
+from time import monotonic, sleep
 from typing import Any, TypeVar
 
 from shardtool.errors import (
@@ -29,7 +31,18 @@ from shardtool.errors import (
     UsageError,
 )
 from shardtool.stores.address import shown
-from shardtool.stores.base import CheckedWriter, Object, Store, Unfinished, check_key, is_key, target
+from shardtool.stores.base import (
+    Buffer,
+    CheckedWriter,
+    Object,
+    Replaced,
+    Store,
+    Unfinished,
+    check_key,
+    is_key,
+    octets,
+    target,
+)
 from shardtool.stores.s3.checksum import Checksum, best, kept
 from shardtool.stores.s3.client import NOTHING, Access, Client
 from shardtool.stores.s3.errors import Unsupported, redirected, refused, translated
@@ -51,6 +64,7 @@ from shardtool.stores.wire.senders import Senders
 __all__ = ["Access", "S3Store"]
 
 _EXCLUSIVE = 512 << 20  # only a single request can be made conditional everywhere
+_COMPARED = 1 << 20  # bytes read at once to compare an object with what was to be written
 _SETTLED = 1.0  # seconds after which writers that met on a server without conditions look who was the last
 
 T = TypeVar("T")
@@ -132,21 +146,23 @@ class S3Store(Store):
         return self._again.run(ask)
 
     def create(self, key: str, size: int, *, exclusive: bool = False) -> CheckedWriter:
-        """Begin an object.
+        """Begin an object: one over 8 MiB is uploaded in parts. Any size can be exclusive.
 
-        One over 8 MiB is uploaded in parts, or gathered in memory where it is ``exclusive``: up to 512 MiB. On servers
-        that ignore conditions, exclusive writers that meet look a moment later whose object is there; ``conditional``
-        is False once that is known.
+        On servers that ignore conditions, exclusive writers that meet look a moment later whose object is there;
+        ``conditional`` is False once that is known, or once an upload in parts to another server than Amazon's was
+        exclusive, since whether these heed its condition cannot be known.
         """
         check_key(key)
-        if size <= (_EXCLUSIVE if exclusive else SMALL):
-            return SmallWriter(self, key, size, exclusive=exclusive)
-        if exclusive:
-            raise UsageError(
-                f"{self.locate(key)} is {size} bytes, and only objects up to {_EXCLUSIVE} can be created "
-                f"exclusively in S3"
-            )
-        return PartsWriter(self, key, size)
+        return (SmallWriter if size <= SMALL else PartsWriter)(self, key, size, exclusive=exclusive)
+
+    def put(self, key: str, data: Buffer, *, exclusive: bool = False) -> None:
+        """A small object in one request, and an exclusive one up to 512 MiB, straight from the caller's memory."""
+        memory = octets(data)
+        if len(memory) > (_EXCLUSIVE if exclusive else SMALL):
+            super().put(key, memory, exclusive=exclusive)
+            return
+        with self.changing(check_key(key)):
+            self.put_whole(key, memory, exclusive=exclusive)
 
     def delete(self, key: str) -> None:
         """Remove an object; one that is not there is not an error."""
@@ -158,7 +174,7 @@ class S3Store(Store):
         return unit(size)
 
     def held(self, size: int) -> int:
-        """What goes in one request is gathered in memory first."""
+        """What ``create`` sends in one request is gathered in memory first."""
         return size if size <= SMALL else 0
 
     def checksums(self, key: str) -> Mapping[str, str]:
@@ -265,10 +281,8 @@ class S3Store(Store):
         When the answer to a PUT is lost, its repetition finds the object that it made itself. So after a repetition an
         object with the same content counts as ours.
         """
-        began = time.monotonic()
-        taken = AlreadyExists(f"{self.locate(key)} exists already: delete it or choose another name")
-        if self.exists(key):
-            raise taken
+        began = monotonic()
+        self._expect_absent(key)
         asking = _Asking(self, key, "PutObject")
 
         def put(failures: int) -> Answer:
@@ -284,10 +298,49 @@ class S3Store(Store):
         if not self._proven:
             self._prove(lambda: asking.put(data, payload, IfNoneMatch="*", **given))
         if not self.conditional:
-            time.sleep(max(_SETTLED, 2 * (time.monotonic() - began)))
-            if not self._holds(key, data):
-                raise taken
+            self._expect_last(key, began, lambda: self._holds(key, data))
         return answer
+
+    def complete_if_absent(self, key: str, own: Callable[[], bool], **request: Any) -> dict[str, Any]:
+        """End an upload that replaces nothing; ``own``: whether the object that is there is that of the upload.
+
+        An upload cannot be ended twice to see whether its condition is heeded. So on servers other than Amazon's the
+        last of those that meet wins, and the others are told.
+        """
+        began = monotonic()
+        self._expect_absent(key)
+        try:
+            answer = self._with_condition(
+                lambda **more: self.tried(key, "complete_multipart_upload", **request, **more)
+            )
+        except (NotFound, AlreadyExists):  # when the answer is lost, the repetition finds no upload or its own object
+            if not own():
+                self._expect_absent(key)
+                raise
+            answer = {}
+        if not self.amazon:
+            self.conditional = False
+            self._expect_last(key, began, own)
+        return answer
+
+    def _with_condition(self, call: Callable[..., T]) -> T:
+        """Do without the condition on a server that does not know it."""
+        try:
+            return call(IfNoneMatch="*")
+        except Unsupported:
+            if self.amazon:
+                raise
+            return call()
+
+    def _expect_absent(self, key: str) -> None:
+        if self.exists(key):
+            raise AlreadyExists(f"{self.locate(key)} exists already: delete it or choose another name")
+
+    def _expect_last(self, key: str, began: float, own: Callable[[], bool]) -> None:
+        """Where conditions are not heeded: wait until all have written who saw no object, and look whose is there."""
+        sleep(max(_SETTLED, 2 * (monotonic() - began)))
+        if not own():
+            raise AlreadyExists(f"{self.locate(key)} exists already: delete it or choose another name")
 
     def _prove(self, again: Callable[[], object]) -> None:
         """Find out whether conditions are heeded: what was created a moment ago cannot be created once more."""
@@ -301,11 +354,21 @@ class S3Store(Store):
             self._proven, self.conditional = True, False
 
     def _holds(self, key: str, data: memoryview) -> bool:
-        """Whether an object has this content."""
+        """Whether an object has this content; little of it is held at a time."""
         try:
-            return self.get(key, limit=len(data)) == data
-        except (NotFound, FormatError):
+            if len(data) <= _COMPARED:
+                return self.get(key, limit=len(data)) == data
+            if self.stat(key).size != len(data):
+                return False
+            room = memoryview(bytearray(_COMPARED))
+            for start in range(0, len(data), _COMPARED):
+                piece = room[: len(data) - start]
+                self.readinto(key, start, piece)
+                if piece != data[start : start + len(piece)]:
+                    return False
+        except (NotFound, FormatError, Replaced):
             return False
+        return True
 
     def _with_checksum(self, call: Callable[[Checksum | None], T]) -> T:
         """Do without checksums on a server that does not know them."""

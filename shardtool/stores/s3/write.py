@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -72,6 +72,9 @@ class Bucket(Protocol):
     def tried(self, key: str, operation: str, **request: Any) -> dict[str, Any]:
         """A request of boto3 that may be repeated."""
 
+    def complete_if_absent(self, key: str, own: Callable[[], bool], **request: Any) -> dict[str, Any]:
+        """End an upload that replaces nothing; ``own``: whether the object that is there is that of the upload."""
+
 
 class SmallWriter(CheckedWriter):
     """One PUT; the bytes are gathered in memory."""
@@ -112,10 +115,11 @@ class _Part:
 class PartsWriter(CheckedWriter):
     """A multipart upload. An upload whose abort fails stays behind, invisible; ``unfinished`` finds it."""
 
-    def __init__(self, store: Bucket, key: str, size: int) -> None:
+    def __init__(self, store: Bucket, key: str, size: int, *, exclusive: bool) -> None:
         super().__init__(store.locate(key), size, unit=unit(size))
         self._store = store
         self._key = key
+        self._exclusive = exclusive
         self._mark = secrets.token_hex(16)
         self._parts: list[_Part] = []
         self._kept: dict[str, str] = {}
@@ -156,18 +160,30 @@ class PartsWriter(CheckedWriter):
         return {checksum.field: checksum.encoded(value), "ChecksumType": "FULL_OBJECT"}
 
     def _commit(self) -> None:
-        parts = {"Parts": [part.fields for part in self._parts]}
         with self._store.changing(self._key):
-            try:
-                answer = self._store.tried(
-                    self._key, "complete_multipart_upload", UploadId=self._id, MultipartUpload=parts, **self._whole
-                )
-            except NotFound:
-                # When the answer is lost, the repetition finds no upload any more; the object then bears our mark.
-                answer = self._store.tried(self._key, "head_object")
-                if answer["Metadata"].get(_WRITER) != self._mark:
-                    raise
+            answer = self._completed(
+                UploadId=self._id, MultipartUpload={"Parts": [part.fields for part in self._parts]}, **self._whole
+            )
         self._kept = kept({**self._whole, **self._seen(answer)})
+
+    def _completed(self, **request: Any) -> Mapping[str, Any]:
+        if self._exclusive:
+            return self._store.complete_if_absent(self._key, self._own, **request)
+        try:
+            return self._store.tried(self._key, "complete_multipart_upload", **request)
+        except NotFound:  # when the answer is lost, the repetition finds no upload any more
+            if not self._own():
+                raise
+            return {}
+
+    def _own(self) -> bool:
+        """Whether the object that is there is that of this upload: then it bears our mark."""
+        try:
+            found = self._store.tried(self._key, "head_object")
+        except NotFound:
+            return False
+        marks = {name.lower(): value for name, value in found["Metadata"].items()}  # rclone writes names as it likes
+        return marks.get(_WRITER) == self._mark
 
     def _seen(self, answer: Mapping[str, Any]) -> Mapping[str, Any]:
         """What the server says of the object now: when an upload is completed not all say it, or the truth."""

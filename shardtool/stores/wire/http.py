@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import http.client
 import os
-import re
 import ssl
 import threading
 import time
@@ -35,7 +34,7 @@ from shardtool import __version__
 from shardtool.errors import FormatError, StoreError, Unavailable, UsageError
 from shardtool.stores.address import shown
 from shardtool.stores.base import Buffer, octets
-from shardtool.stores.wire.link import Link, Pace, Proxy, connect
+from shardtool.stores.wire.link import Link, Pace, Proxy, connect, reason, unreached
 from shardtool.stores.wire.retry import Lane, Lanes
 
 _PORTS = {"http": 80, "https": 443}
@@ -154,7 +153,7 @@ class Wire(AbstractContextManager["Wire"]):
             else:
                 made = ssl.create_default_context()
         except (OSError, ssl.SSLError) as error:
-            raise UsageError(f"the CA bundle {bundle} cannot be read ({_text(error)}): correct its path") from error
+            raise UsageError(f"the CA bundle {bundle} cannot be read ({reason(error)}): correct its path") from error
         made.set_alpn_protocols(["http/1.1"])
         return made
 
@@ -207,10 +206,7 @@ class Wire(AbstractContextManager["Wire"]):
                 return connect(proxy.host, proxy.port, self.pace, where=where)
             return connect(host, port, self.pace, where=where, tls=tls, tunnel=proxy)
         except (OSError, http.client.HTTPException) as error:
-            raise Unavailable(
-                f"the server of {where} cannot be reached at {host}:{port} ({_text(error)}): check the address and the"
-                " network"
-            ) from error
+            raise unreached(where, host, port, error, proxy=proxy) from error
 
     def _taken(self, server: tuple[str, str, int]) -> Link | None:
         with self._lock:
@@ -332,7 +328,7 @@ class Reply(AbstractContextManager["Reply"]):
         if len(view) > self._left:
             view = view[: self._left]
         if self._direct:
-            count = self._link.receive(view, more=True)
+            count = self._link.receive(view)
         else:
             # What came with the head lies in a buffer. Once that is empty, nothing stands between the socket and us.
             buffered = self._response.fp.peek()
@@ -364,8 +360,8 @@ def whole_number(text: str) -> int | None:
 def unavailable(error: BaseException, where: str) -> Unavailable:
     """What an error of a connection means."""
     if isinstance(error, TimeoutError):
-        return Unavailable(f"the server of {where} is silent or too slow ({_text(error)}): try again")
-    return Unavailable(f"the connection to the server of {where} broke ({_text(error)}): try again")
+        return Unavailable(f"the server of {where} is silent or too slow ({reason(error)}): try again")
+    return Unavailable(f"the connection to the server of {where} broke ({reason(error)}): try again")
 
 
 def _asked(
@@ -438,8 +434,3 @@ def _server(url: str) -> tuple[str, str, int]:
     if parts.scheme not in _PORTS or not host:
         raise UsageError(f"{shown(url)!r} is no address of a web server: write https://host/path")
     return parts.scheme, host, port or _PORTS[parts.scheme]
-
-
-def _text(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(re.sub(r"\[SSL[^]]*\]|\(?_ssl\.c:\d+\)?:?", "", str(text)).split())[:200]

@@ -8,13 +8,17 @@
 
 ``http.client`` takes a ``Link`` for its socket. It closes sockets before bodies are read; a ``Link`` is closed by
 ``shut`` alone, so that whoever lent it decides.
+
+``unreached`` is what every store says where no connection comes about, whichever library has tried to make it.
 """
 
 from __future__ import annotations
 
+import errno
 import http.client
 import io
 import math
+import re
 import select
 import socket
 import ssl
@@ -25,10 +29,12 @@ from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
 
 from shardtool.errors import AccessDenied, StoreError, Unavailable, UsageError
+from shardtool.stores.wire.tls import Secure
 
 _SENT = 1 << 20  # offered to the kernel at once, so that an early answer is noticed
 _AHEAD = 4096
-_AT_ONCE = 0.05  # seconds
+_NOT_REACHED = frozenset({errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ETIMEDOUT})
+_PORTS = {"http": 80, "https": 443, "sftp": 22, "ssh": 22, "ftp": 21}
 _READ = select.POLLIN | select.POLLHUP | select.POLLERR
 
 
@@ -73,7 +79,7 @@ class Proxy:
 class Link:
     """A connection. One thread uses it at a time."""
 
-    def __init__(self, connected: socket.socket, pace: Pace) -> None:
+    def __init__(self, connected: socket.socket | Secure, pace: Pace) -> None:
         self.reused = False
         self.quiet_since = 0.0
         self.clean = True
@@ -92,11 +98,8 @@ class Link:
         self._deadline = math.inf if within is None else time.monotonic() + within
         self._waited, self._moved = 0.0, 0
 
-    def receive(self, view: memoryview, *, more: bool = False) -> int:
-        """The next bytes into ``view``: at least one, or 0 where the server has closed the connection.
-
-        ``more``: so many are still to come, so that it may be waited for them.
-        """
+    def receive(self, view: memoryview) -> int:
+        """The next bytes into ``view``: at least one, or 0 where the server has closed the connection."""
         if self._ahead:
             count = min(len(view), len(self._ahead))
             view[:count] = self._ahead[:count]
@@ -104,8 +107,7 @@ class Link:
             return count
         before = time.monotonic()
         self._wait_at_most(before)
-        many = more and isinstance(self._socket, ssl.SSLSocket)
-        count = self._records(view, before) if many else self._socket.recv_into(view)
+        count = self._socket.recv_into(view)
         self.ended = not count
         self._moved += count
         self._count(time.monotonic() - before)
@@ -117,7 +119,7 @@ class Link:
         poll.register(self._socket, select.POLLIN | select.POLLOUT)
         self._socket.settimeout(0)
         self._timeout = 0.0
-        while sent < len(data):
+        while sent < len(data) or self._unsent():
             before = time.monotonic()
             ready = poll.poll(self._pace.silence * 1000)
             if not ready:
@@ -126,7 +128,7 @@ class Link:
                 return False
             if ready[0][1] & select.POLLOUT:
                 with suppress(BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
-                    count = self._socket.send(data[sent : sent + _SENT])
+                    count = self._offer(data[sent : sent + _SENT])
                     sent += count
                     self._moved += count
             self._count(time.monotonic() - before)
@@ -134,12 +136,15 @@ class Link:
 
     def ready(self) -> bool:
         """Whether there are bytes to receive, or the end, as far as can be told at once."""
-        if self._ahead:
-            return True
-        return self._socket.pending() > 0 if isinstance(self._socket, ssl.SSLSocket) else self.stale()
+        if not self._ahead and isinstance(self._socket, Secure):
+            self._ahead += self._socket.recv_at_once(_AHEAD)
+            return bool(self._ahead)
+        return bool(self._ahead) or self.stale()
 
     def stale(self) -> bool:
         """Whether an idle connection has been closed by the server, or says what nobody has asked for."""
+        if isinstance(self._socket, Secure) and self._socket.pending:
+            return True
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         return bool(poll.poll(0))
@@ -171,20 +176,15 @@ class Link:
             self._socket.settimeout(left)
             self._timeout = left
 
-    def _records(self, view: memoryview, before: float) -> int:
-        """As much as comes at once. TLS gives 16 KiB at a time, too little to come back here for each of them."""
-        receive, count = self._socket.recv_into, 0
-        while count < len(view) and time.monotonic() - before < _AT_ONCE:
-            try:
-                got = receive(view[count:])
-            except OSError:
-                if not count:
-                    raise
-                break  # what came is kept; the next call meets the error again
-            if not got:
-                break
-            count += got
-        return count
+    def _offer(self, data: memoryview) -> int:
+        """How many more bytes the connection takes. What TLS has made of earlier ones goes first."""
+        if isinstance(self._socket, Secure) and self._socket.unsent():
+            self._socket.push()
+            return 0
+        return self._socket.send(data)
+
+    def _unsent(self) -> bool:
+        return isinstance(self._socket, Secure) and self._socket.unsent()
 
     def _count(self, waited: float) -> None:
         """A connection that trickles is as good as a silent one."""
@@ -239,11 +239,60 @@ def connect(
             _through(connected, tunnel, host, port, pace, where)
         if tls:
             connected.settimeout(pace.connect)
-            connected = _trusted(connected, tls, host, where)
+            return Link(_trusted(connected, tls, host, where), pace)
     except BaseException:
         connected.close()
         raise
     return Link(connected, pace)
+
+
+def unreached(
+    where: str, host: str, port: int | None, error: BaseException, *, proxy: Proxy | None = None
+) -> Unavailable:
+    """What it means that no connection to the server of ``where`` came about. ``port``: None if it is not known."""
+    at = f"[{host}]" if ":" in host else host
+    at = f"{at}:{port}" if port else at
+    by = f" by way of the proxy {proxy.host}:{proxy.port}" if proxy else ""
+    return Unavailable(
+        f"the server of {where} cannot be reached at {at}{by} ({reason(error)}): check that it runs, its address and"
+        " the network"
+    )
+
+
+def server_of(address: str) -> tuple[str, int | None]:
+    """The host that an address names, and its port or that of its scheme, for ``unreached``."""
+    try:
+        parts = urlsplit(address)
+        return parts.hostname or "its address", parts.port or _PORTS.get(parts.scheme)
+    except ValueError:
+        return "its address", None
+
+
+def no_connection(error: BaseException) -> bool:
+    """Whether an error, or one that it is made of, says that no connection came about."""
+    cause = _cause(error)
+    return isinstance(cause, socket.gaierror) or (isinstance(cause, OSError) and cause.errno in _NOT_REACHED)
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in the words of the system where it is the system's error, as one short line."""
+    cause = _cause(error)
+    text = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
+    return " ".join(re.sub(r"\[SSL[^]]*\]|\(?_ssl\.c:\d+\)?:?", "", str(text)).split())[:200].rstrip(".")
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The error of the system under those that libraries make of it; the error itself where there is none."""
+    seen = [error]
+    for found in seen:
+        if isinstance(found, OSError) and (found.errno is not None or type(found).__module__ == "builtins"):
+            return found
+        made: list[object] = [found.__cause__, getattr(found, "reason", None), *found.args]
+        for name in ("kwargs", "errors"):  # botocore's, paramiko's
+            more = getattr(found, name, None)
+            made += more.values() if isinstance(more, dict) else ()
+        seen += [other for other in made if isinstance(other, BaseException) and other not in seen]
+    return error
 
 
 def _through(connected: socket.socket, proxy: Proxy, host: str, port: int, pace: Pace, where: str) -> None:
@@ -270,10 +319,10 @@ def _through(connected: socket.socket, proxy: Proxy, host: str, port: int, pace:
         raise StoreError(f"{said}: check HTTPS_PROXY")
 
 
-def _trusted(connected: socket.socket, tls: ssl.SSLContext, host: str, where: str) -> ssl.SSLSocket:
+def _trusted(connected: socket.socket, tls: ssl.SSLContext, host: str, where: str) -> Secure:
     """Speak TLS from here on."""
     try:
-        return tls.wrap_socket(connected, server_hostname=host)
+        return Secure(connected, tls, host)
     except ssl.SSLCertVerificationError as error:
         text = error.verify_message.rstrip(".") or "its certificate is not valid"
         raise StoreError(

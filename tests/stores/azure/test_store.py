@@ -5,22 +5,22 @@ from __future__ import annotations
 import random
 import threading
 import time
-import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
-from shardtool.errors import AccessDenied, AlreadyExists, FormatError, NotFound, StoreError, Unavailable, UsageError
+from shardtool.errors import AccessDenied, AlreadyExists, NotFound, StoreError, Unavailable, UsageError
 from shardtool.stores.accounts import AzureAccount
 from shardtool.stores.azure import store as azure
 from shardtool.stores.azure.lists import blobs_of
 from shardtool.stores.azure.store import AzureStore
-from shardtool.stores.base import Store
 from shardtool.stores.wire.retry import Again
-from shardtool.testing import StoreContract, write
+from shardtool.testing import StoreContract, read, write
 from tests.servers import Proxy, Trouble
 from tests.servers.azure import KEY, AzureServer, Identity
+from tests.stores.far import NEIGHBOURS, HttpContract, Opened, Raw
 
 MIB = 1 << 20
 
@@ -29,9 +29,9 @@ class TestAzureStore(StoreContract):
     """Every law holds in a folder of a container that has other blobs too."""
 
     @pytest.fixture
-    def store(self, container: str, azure_server: AzureServer) -> Iterator[AzureStore]:
-        for key in ("models/llama-2/a", "models/llama", "models/llamas", "z"):
-            azure_server.client.get_blob_client(container, key).upload_blob(b"not ours")
+    def store(self, container: str, raw: Raw) -> Iterator[AzureStore]:
+        for key in NEIGHBOURS:
+            raw(key, b"not ours")
         with AzureStore(f"az://{container}/models/llama/") as store:
             yield store
 
@@ -66,28 +66,47 @@ def proxy(azure_server: AzureServer) -> Iterator[Proxy]:
 
 
 @pytest.fixture
-def trouble(proxy: Proxy) -> Trouble:
-    """What goes wrong between ``far`` and the server."""
-    return proxy.trouble
+def behind(container: str, azure_server: AzureServer, proxy: Proxy) -> Opened:
+    """The container behind the proxy; next to nothing is waited between tries."""
+    return partial(azure_server.behind, proxy, container)
 
 
 @pytest.fixture
-def far(container: str, azure_server: AzureServer, proxy: Proxy) -> Iterator[AzureStore]:
-    """The container behind the proxy."""
-    with azure_server.behind(proxy, container) as store:
-        yield store
+def raw(container: str, azure_server: AzureServer) -> Raw:
+    """Puts a blob by Azure's own library."""
+    return lambda key, data: azure_server.client.get_blob_client(container, key).upload_blob(data)
 
 
-def read(store: Store, key: str, start: int, size: int) -> bytes:
-    """A range as bytes."""
-    room = bytearray(size)
-    store.readinto(key, start, memoryview(room))
-    return bytes(room)
+@pytest.fixture
+def at_port() -> Callable[[int], AzureStore]:
+    """Opens a container on a port of this machine."""
+
+    def opened(port: int) -> AzureStore:
+        access = AzureAccount(endpoint=f"http://127.0.0.1:{port}/acme", key=KEY)
+        return AzureStore("az://models", access=access, again=Again(attempts=1))
+
+    return opened
 
 
-def count(trouble: Trouble, method: str) -> int:
-    """How many requests of a method were seen."""
-    return [request.method for request in trouble.seen].count(method)
+class TestOnTheWay(HttpContract):
+    """What happens between Azure and us."""
+
+    unreached = "the server of az://models/a cannot be reached"
+    nowhere = "az://no-such-container/folder"
+    bucket = "container"
+    untold = frozenset({"create"})
+    busy = ((503, "ServerBusy"), (500, "InternalError"), (500, "OperationTimedOut"), (502, ""), (429, ""))
+    throttled = (503, "ServerBusy")
+    refusals = (
+        (403, "AuthenticationFailed", AccessDenied, "the account key .*not valid"),
+        (403, "AuthorizationPermissionMismatch", AccessDenied, "access to .* is denied .*Blob Data Contributor"),
+        (403, "KeyBasedAuthenticationNotPermitted", AccessDenied, "takes no account keys"),
+        (409, "PublicAccessNotPermitted", AccessDenied, "access to .* is denied"),
+        (409, "BlobArchived", StoreError, "archive tier"),
+        (400, "AccountRequiresHttps", UsageError, "https"),
+        (400, "UnsupportedHeader", StoreError, r"UnsupportedHeader \(status 400\)"),
+        (404, "ResourceNotFound", NotFound, "does not exist"),
+    )
 
 
 # Listing
@@ -122,31 +141,6 @@ def test_folders_are_not_objects(store: AzureStore, container: str, azure_server
         read(store, "tree", 0, 1)
 
 
-def test_a_container_that_does_not_exist_is_named(container: str) -> None:
-    with AzureStore("az://no-such-container/folder") as store:
-        calls: list[Callable[[], object]] = [
-            lambda: list(store.list()),
-            lambda: list(store.unfinished()),
-            lambda: store.stat("a"),
-            lambda: read(store, "a", 0, 1),
-            lambda: store.put("a", b"x"),
-            lambda: write(store, "a", bytes(9 * MIB)),
-            lambda: store.delete("a"),
-        ]
-        for call in calls:
-            with pytest.raises(NotFound, match=r"the container of az://no-such-container/folder\S* does not exist"):
-                call()
-
-
-def test_a_server_that_does_not_answer_is_unavailable() -> None:
-    access = AzureAccount(endpoint="http://127.0.0.1:9/acme", key=KEY)
-    with (
-        AzureStore("az://models", access=access, again=Again(attempts=1)) as store,
-        pytest.raises(Unavailable, match="the server of az://models/a cannot be reached"),
-    ):
-        store.stat("a")
-
-
 # Reading
 
 
@@ -165,107 +159,6 @@ def test_a_small_object_that_comes_short_is_asked_for_again(store: AzureStore, m
     assert short == []
 
 
-@pytest.mark.parametrize("reset", [False, True])
-def test_a_cut_body_is_continued_where_it_was_cut(far: AzureStore, trouble: Trouble, reset: bool) -> None:
-    data = random.Random(1).randbytes(3 * MIB)
-    far.put("a", data)
-    trouble.cuts, trouble.cut_after, trouble.reset = 2, MIB, reset
-    assert read(far, "a", 1000, 2 * MIB + 500_000) == data[1000 : 1000 + 2 * MIB + 500_000]
-    assert count(trouble, "GET") == 3
-
-
-def test_connections_that_bring_something_may_break_more_often(far: AzureStore, trouble: Trouble) -> None:
-    data = random.Random(2).randbytes(12 * MIB)
-    write(far, "a", data, slice_size=12 * MIB)
-    trouble.cuts, trouble.cut_after = 11, MIB
-    assert read(far, "a", 0, len(data)) == data
-
-
-def test_connections_that_bring_nothing_are_given_up(container: str, azure_server: AzureServer, proxy: Proxy) -> None:
-    with azure_server.behind(proxy, container, attempts=3) as store:
-        store.put("a", b"abc")
-        proxy.trouble.cuts = 1000
-        with pytest.raises(Unavailable, match=f"az://{container}/a"):
-            read(store, "a", 0, 3)
-    assert count(proxy.trouble, "GET") == 3
-
-
-@pytest.mark.parametrize(
-    ("status", "code"), [(503, "ServerBusy"), (500, "InternalError"), (500, "OperationTimedOut"), (502, ""), (429, "")]
-)
-def test_a_busy_server_is_asked_again(far: AzureStore, trouble: Trouble, status: int, code: str) -> None:
-    far.put("a", b"abc")
-    trouble.refused, trouble.status, trouble.code = 2, status, code
-    assert read(far, "a", 0, 3) == b"abc"
-    trouble.refused = 2
-    assert [found.key for found in far.list()] == ["a"]
-    assert trouble.refused == 0
-
-
-def test_a_server_that_stays_busy_is_unavailable(container: str, azure_server: AzureServer, proxy: Proxy) -> None:
-    with azure_server.behind(proxy, container, attempts=2) as store:
-        proxy.trouble.refused, proxy.trouble.code = 1000, "ServerBusy"
-        with pytest.raises(Unavailable, match=r"asked for too often .*ServerBusy"):
-            read(store, "a", 0, 1)
-
-
-@pytest.mark.parametrize(
-    ("status", "code", "kind", "message"),
-    [
-        (403, "AuthenticationFailed", AccessDenied, "the account key .*not valid"),
-        (403, "AuthorizationPermissionMismatch", AccessDenied, "access to .* is denied .*Blob Data Contributor"),
-        (403, "KeyBasedAuthenticationNotPermitted", AccessDenied, "takes no account keys"),
-        (409, "PublicAccessNotPermitted", AccessDenied, "access to .* is denied"),
-        (409, "BlobArchived", StoreError, "archive tier"),
-        (400, "AccountRequiresHttps", UsageError, "https"),
-        (400, "UnsupportedHeader", StoreError, r"UnsupportedHeader \(status 400\)"),
-        (404, "ResourceNotFound", NotFound, "does not exist"),
-    ],
-)
-def test_a_refusal_is_final(
-    far: AzureStore, trouble: Trouble, status: int, code: str, kind: type[Exception], message: str
-) -> None:
-    far.put("a", b"abc")
-    trouble.refused, trouble.status, trouble.code = 1, status, code
-    with pytest.raises(kind, match=message):
-        read(far, "a", 0, 3)
-    assert count(trouble, "GET") == 1
-
-
-def test_an_object_replaced_between_two_tries_is_noticed(
-    far: AzureStore, store: AzureStore, trouble: Trouble, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Half of one blob and half of another must not be taken for one."""
-    far.put("a", bytes(2 * MIB))
-    trouble.cuts, trouble.cut_after = 1, MIB
-    sleep = time.sleep
-
-    def overwrite(seconds: float) -> None:
-        store.put("a", b"x" * (2 * MIB))
-        sleep(seconds)
-
-    monkeypatch.setattr("shardtool.stores.wire.retry.time.sleep", overwrite)  # the moment between two tries
-    with pytest.raises(StoreError, match="replaced while it was read"):
-        read(far, "a", 0, 2 * MIB)
-
-
-def test_an_object_that_was_seen_is_the_one_that_is_read(store: AzureStore, container: str) -> None:
-    """What was listed or asked for is not taken from another version, unless this store has made it itself."""
-    for seen in (lambda: store.stat("a"), lambda: list(store.list())):
-        store.put("a", b"one")
-        seen()
-        assert read(store, "a", 0, 3) == b"one"
-        with AzureStore(f"az://{container}") as other:
-            other.put("a", b"two")
-        with pytest.raises(StoreError, match="replaced while it was read"):
-            read(store, "a", 0, 3)
-        assert store.get("a", limit=3) == b"two"
-        seen()
-        assert read(store, "a", 0, 3) == b"two"
-        store.put("a", b"six")
-        assert read(store, "a", 0, 3) == b"six"
-
-
 # Writing
 
 
@@ -280,33 +173,6 @@ def test_the_size_decides_how_a_blob_is_uploaded(store: AzureStore) -> None:
         assert blocks >= 2
         assert -(-size // unit) * blocks <= 50_000
         assert unit // blocks <= 4000 * MIB
-
-
-def test_a_large_object_can_be_exclusive(store: AzureStore) -> None:
-    """Of three that write it at a time one wins; blocks of the others do not get into it."""
-    start = threading.Barrier(3)
-    won: list[int] = []
-    lost: list[int] = []
-
-    def race(number: int) -> None:
-        writer = store.create("large", 10 * MIB, exclusive=True)
-        try:
-            writer.write(0, bytes([number]) * (10 * MIB))
-            start.wait(timeout=60)
-            writer.commit()
-            won.append(number)
-        except AlreadyExists:
-            lost.append(number)
-        finally:
-            writer.abort()
-
-    threads = [threading.Thread(target=race, args=(number,)) for number in range(1, 4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert (len(won), len(lost)) == (1, 2)
-    assert store.get("large", limit=10 * MIB) == bytes(won) * (10 * MIB)
 
 
 def test_blocks_are_sent_several_at_a_time(store: AzureStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,14 +242,6 @@ def test_an_abort_leaves_the_blocks_of_others_alone(store: AzureStore) -> None:
     assert store.get("a", limit=9 * MIB) == b"x" * (9 * MIB)
 
 
-def test_an_abort_that_fails_does_not_hide_what_failed_before(far: AzureStore, trouble: Trouble) -> None:
-    writer = far.create("a", 20 * MIB)
-    writer.write(0, bytes(8 * MIB))
-    trouble.refused, trouble.status, trouble.code = 1000, 403, "AuthorizationFailure"
-    writer.abort()
-    assert trouble.refused < 1000
-
-
 def test_of_two_that_write_one_name_the_first_to_commit_wins(store: AzureStore) -> None:
     """Blocks belong to a name: they are gone when somebody else commits it. It is not taken for a success."""
     first, second = store.create("a", 9 * MIB), store.create("a", 9 * MIB)
@@ -394,24 +252,6 @@ def test_of_two_that_write_one_name_the_first_to_commit_wins(store: AzureStore) 
         second.commit()
     second.abort()
     assert store.get("a", limit=9 * MIB) == b"1" * (9 * MIB)
-
-
-@pytest.mark.parametrize("size", [3, 12 * MIB])
-def test_an_upload_gets_through_to_a_busy_server(far: AzureStore, trouble: Trouble, size: int) -> None:
-    data = random.Random(3).randbytes(size)
-    trouble.refused, trouble.code = 3, "ServerBusy"
-    write(far, "a", data, slice_size=8 * MIB)
-    assert far.get("a", limit=size) == data
-
-
-@pytest.mark.parametrize("size", [3, 12 * MIB])
-def test_a_lost_answer_to_bytes_is_asked_for_again(far: AzureStore, trouble: Trouble, size: int) -> None:
-    """Sending the same bytes twice is no harm."""
-    data = random.Random(4).randbytes(size)
-    trouble.lost, trouble.methods = 2, ("PUT",)
-    write(far, "a", data, slice_size=8 * MIB)
-    assert trouble.lost == 0
-    assert far.get("a", limit=size) == data
 
 
 @pytest.mark.parametrize("exclusive", [False, True])
@@ -470,23 +310,3 @@ def test_a_small_object_has_a_checksum_of_its_content(store: AzureStore) -> None
     assert store.checksums("b")["etag"] == store.stat("b").version == next(store.list("b")).version
     with pytest.raises(NotFound):
         store.checksums("c")
-
-
-def test_memory_goes_to_the_server_and_comes_from_it_without_a_copy(store: AzureStore) -> None:
-    """Neither a block nor a range is held a second time."""
-    size = 32 * MIB
-    data = memoryview(bytearray(random.Random(5).randbytes(MIB)) * 32)
-    room = memoryview(bytearray(size))
-    write(store, "warm", data[: 10 * MIB], slice_size=10 * MIB)
-    read(store, "warm", 0, 1)
-    tracemalloc.start()
-    try:
-        write(store, "a", data, slice_size=size)
-        store.readinto("a", 0, room)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert room == data
-    assert peak < 2 * MIB
-    with pytest.raises(FormatError):
-        store.readinto("a", 1, room)

@@ -38,12 +38,12 @@ from tests.servers import Proxy
 from tests.servers.azure import ACCOUNT, AzureServer
 from tests.servers.weather import READS, WRITES, Weather
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 TIMES = max(1, settings.default.max_examples // 100) if settings.default else 1
 CONTAINER = "weather"  # the seed chooses by names
 SILENCE = 0.3
-LONGEST = 30.0
+LONGEST = 50.0
 """Seconds that a run may take whatever happens: waits are short here."""
 
 

@@ -12,7 +12,7 @@ import pytest
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from shardtool.errors import AccessDenied, NotFound, StoreError, Unavailable, UsageError
+from shardtool.errors import AccessDenied, AlreadyExists, NotFound, StoreError, Unavailable, UsageError
 from shardtool.stores import open_store
 from shardtool.stores.base import Store, Writer
 from shardtool.stores.fsspec import store as remote_fs
@@ -165,3 +165,61 @@ def test_an_end_is_an_end_though_the_connection_broke_before(tmp_path: Path, mon
     with RemoteStore(f"local://{tmp_path}/llama") as store:
         store.put("a", b"x")
         monkeypatch.setattr(remote_fs._Line, "tidy", broken)
+
+
+def on_disk(server: SftpServer, address: str) -> Path:
+    """The folder that an address means."""
+    return server.folder / address.rpartition(str(server.port))[2].strip("/")
+
+
+@pytest.mark.parametrize(("exclusive", "told"), [(True, AlreadyExists), (False, StoreError)])
+def test_who_was_renamed_and_replaced_at_once_leaves_what_is_there(
+    sftp: str, sftp_server: SftpServer, exclusive: bool, told: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a rename has several steps, one may fail though it was done, and the server goes on to list the old name.
+
+    To rename it once more would remove the object of the writer that was faster, and then fail.
+    """
+    renamed: list[str] = []
+
+    def move(line: remote_fs._Line, old: str, new: str) -> None:
+        renamed.append(new)
+        (temporary,) = (on_disk(sftp_server, sftp) / ".shardtool" / "tmp").iterdir()
+        temporary.unlink()
+        assert line.fs.exists(old)  # so much for asking
+        monkeypatch.undo()
+        monkeypatch.setenv("HOME", str(sftp_server.home))
+        with RemoteStore(sftp) as other:
+            other.put("a", b"theirs")
+        raise OSError("rename: no such file or directory")
+
+    with RemoteStore(sftp) as store:
+        writer = store.create("a", 4, exclusive=exclusive)
+        writer.write(0, b"mine")
+        monkeypatch.setattr(remote_fs._Line, "move", move)
+        with pytest.raises(told, match="exists already" if exclusive else "removed meanwhile: write it again"):
+            writer.commit()
+        writer.abort()
+        assert len(renamed) == 1
+        assert store.get("a", limit=10) == b"theirs"
+
+
+def test_a_rename_that_failed_is_tried_again_while_there_is_something_to_rename(
+    sftp: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 0 bytes too, of which none can be read."""
+    real, failures = remote_fs._Line.move, [2]
+
+    def move(line: remote_fs._Line, old: str, new: str) -> None:
+        if failures[0]:
+            failures[0] -= 1
+            raise OSError("rename: no such file or directory")
+        real(line, old, new)
+
+    monkeypatch.setattr(remote_fs._Line, "move", move)
+    with RemoteStore(sftp) as store:
+        for data in (b"mine", b""):
+            failures[0] = 2
+            store.put("a", data)
+            assert failures == [0]
+            assert store.get("a", limit=4) == data

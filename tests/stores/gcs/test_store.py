@@ -5,31 +5,28 @@ An emulator keeps fewer laws: what it lacks is asserted. The stand-in answers as
 
 from __future__ import annotations
 
-import random
-import socket
 import subprocess
 import sys
-import tracemalloc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 
 from shardtool.errors import (
     AccessDenied,
     AlreadyExists,
-    NotFound,
     ShardtoolError,
     StoreError,
-    Unavailable,
     UsageError,
 )
 from shardtool.stores import open_store
-from shardtool.stores.base import Store
 from shardtool.stores.gcs.store import GcsStore
 from shardtool.stores.wire.retry import Again
-from shardtool.testing import StoreContract, write
+from shardtool.testing import StoreContract, read, write
+from shardtool.testing.words import content
 from tests.servers import Proxy, Trouble
 from tests.servers.gcs import GcsServer
+from tests.stores.far import NEIGHBOURS, HttpContract, Opened, Raw
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -45,9 +42,9 @@ class TestGcsStore(StoreContract):
     gaps = frozenset({"unfinished"})
 
     @pytest.fixture
-    def store(self, gcs_bucket: str, gcs_standin: GcsServer) -> Iterator[GcsStore]:
-        for key in ("models/llama-2/a", "models/llama", "models/llamas", "z"):
-            gcs_standin.put(gcs_bucket, key, b"not ours")
+    def store(self, gcs_bucket: str, gcs_standin: GcsServer, raw: Raw) -> Iterator[GcsStore]:
+        for key in NEIGHBOURS:
+            raw(key, b"not ours")
         gcs_standin.control(page=3)
         with GcsStore(f"gs://{gcs_bucket}/models/llama/") as store:
             yield store
@@ -97,28 +94,38 @@ def proxy(gcs_bucket: str, gcs_standin: GcsServer) -> Iterator[Proxy]:
 
 
 @pytest.fixture
-def trouble(proxy: Proxy) -> Trouble:
-    """What goes wrong between ``far`` and the server."""
-    return proxy.trouble
+def behind(gcs_bucket: str, proxy: Proxy) -> Opened:
+    """The bucket behind the proxy; next to nothing is waited between tries."""
+
+    def opened(attempts: int = SOON.attempts) -> GcsStore:
+        again = replace(SOON, attempts=attempts)
+        return GcsStore(f"gs://{gcs_bucket}", endpoint=proxy.endpoint, again=again)
+
+    return opened
 
 
 @pytest.fixture
-def far(gcs_bucket: str, proxy: Proxy) -> Iterator[GcsStore]:
-    """The bucket behind the proxy; next to nothing is waited between tries."""
-    with GcsStore(f"gs://{gcs_bucket}", endpoint=proxy.endpoint, again=SOON) as store:
-        yield store
+def raw(gcs_bucket: str, gcs_standin: GcsServer) -> Raw:
+    """Puts an object without shardtool."""
+    return lambda key, data: gcs_standin.put(gcs_bucket, key, data)
 
 
-def read(store: Store, key: str, start: int, size: int) -> bytes:
-    """A range as bytes."""
-    room = bytearray(size)
-    store.readinto(key, start, memoryview(room))
-    return bytes(room)
+@pytest.fixture
+def at_port() -> Callable[[int], GcsStore]:
+    """Opens a bucket on a port of this machine."""
+    return lambda port: GcsStore("gs://bucket", endpoint=f"http://127.0.0.1:{port}", again=Again(attempts=1))
 
 
-def bytes_of(size: int, seed: int = 0) -> bytes:
-    """Bytes that are different everywhere."""
-    return random.Random(seed).randbytes(size)
+class TestOnTheWay(HttpContract):
+    """What happens between Google's store and us."""
+
+    unreached = r"gs://bucket/a cannot be reached .*[Cc]onnection refused"
+    nowhere = "gs://no-such-bucket/folder/"
+    untold = frozenset({"unfinished"})
+    busy = tuple((status, "") for status in (408, 429, 500, 502, 503, 504))
+    throttled = (429, "")
+    refusals = ((403, "", AccessDenied, "gs://"),)
+    sending = ("POST", "PUT")
 
 
 # Addresses and settings
@@ -171,30 +178,6 @@ def test_an_endpoint_that_is_none_is_refused() -> None:
             store.stat("a")
 
 
-def test_a_bucket_that_does_not_exist_is_named(gcs_bucket: str) -> None:
-    with GcsStore("gs://no-such-bucket/folder") as store:
-        for call in (
-            lambda: list(store.list()),
-            lambda: read(store, "a", 0, 1),
-            lambda: store.create("a", 20 * MIB),
-            lambda: store.put("a", b"x"),
-            lambda: store.stat("a"),
-            lambda: store.delete("a"),
-        ):
-            with pytest.raises(NotFound, match=r"the bucket of gs://no-such-bucket/folder/\S* does not exist"):
-                call()
-
-
-def test_a_server_that_does_not_answer_is_unavailable() -> None:
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
-        with GcsStore("gs://bucket", endpoint=endpoint, again=Again(attempts=1)) as store:
-            for call in (lambda: read(store, "a", 0, 1), lambda: store.stat("a"), lambda: store.put("a", b"x")):
-                with pytest.raises(Unavailable, match=r"gs://bucket/a cannot be reached .*[Cc]onnection refused"):
-                    call()
-
-
 def test_a_server_that_is_not_google_is_found_out(gcs_bucket: str, trouble: Trouble, far: GcsStore) -> None:
     trouble.refused, trouble.status, trouble.methods = 1, 200, ("POST",)
     with pytest.raises(StoreError, match="does not speak as Google does"):
@@ -202,13 +185,6 @@ def test_a_server_that_is_not_google_is_found_out(gcs_bucket: str, trouble: Trou
 
 
 # Listing
-
-
-def test_markers_of_folders_are_not_objects(store: GcsStore, gcs_bucket: str, gcs_standin: GcsServer) -> None:
-    """Consoles make empty objects whose name ends with a slash."""
-    for key in ("folder/", "folder/a", "double//slash"):
-        gcs_standin.put(gcs_bucket, key, b"")
-    assert [found.key for found in store.list()] == ["folder/a"]
 
 
 def test_a_page_that_does_not_come_is_asked_for_again(far: GcsStore, trouble: Trouble, gcs_standin: GcsServer) -> None:
@@ -237,52 +213,13 @@ def test_a_version_is_a_generation(store: GcsStore) -> None:
 # Reading
 
 
-def gets(trouble: Trouble) -> list[str]:
-    """The ranges that were asked for."""
-    return [request.range.removeprefix("bytes=") for request in trouble.seen if request.range]
-
-
 @pytest.mark.parametrize("reset", [False, True])
-def test_a_cut_body_is_continued_where_it_was_cut(far: GcsStore, trouble: Trouble, reset: bool) -> None:
-    """Only what is missing is asked for again, of the same generation."""
-    data = bytes_of(3 * MIB)
-    far.put("a", data)
+def test_a_body_that_was_cut_is_continued_in_its_generation(far: GcsStore, trouble: Trouble, reset: bool) -> None:
+    far.put("a", bytes(3 * MIB))
     trouble.cuts, trouble.cut_after, trouble.reset = 2, MIB, reset
-    assert read(far, "a", 1000, 2 * MIB + 500_000) == data[1000 : 1000 + 2 * MIB + 500_000]
-    starts = [int(found.split("-")[0]) for found in gets(trouble)]
-    assert len(starts) == 3
-    assert reset or starts == [1000, 1000 + MIB, 1000 + 2 * MIB]
+    read(far, "a", 1000, 2 * MIB + 500_000)
     pinned = [f"ifGenerationMatch={far.stat('a').version}" in request.path for request in trouble.seen if request.range]
     assert pinned == [False, True, True]
-
-
-def test_an_object_replaced_between_two_tries_is_noticed(
-    far: GcsStore, store: GcsStore, trouble: Trouble, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Half of one object and half of another must not be taken for one."""
-    far.put("a", bytes(2 * MIB))
-    trouble.cuts, trouble.cut_after = 1, MIB
-    monkeypatch.setattr("time.sleep", lambda _: store.put("a", b"x" * (2 * MIB)))  # the moment between two tries
-    with pytest.raises(StoreError, match="replaced while it was read"):
-        read(far, "a", 0, 2 * MIB)
-
-
-@pytest.mark.parametrize("look", [lambda store: list(store.list("")), lambda store: store.stat("a")])
-def test_an_object_is_read_in_the_version_that_was_seen(
-    far: GcsStore, store: GcsStore, look: Callable[[GcsStore], object]
-) -> None:
-    """Ranges of one checkpoint come from one generation of its files, until somebody looks again."""
-    far.put("a", b"old")
-    look(far)
-    assert read(far, "a", 0, 1) == b"o"
-    store.put("a", b"newer")
-    with pytest.raises(StoreError, match="replaced while it was read"):
-        read(far, "a", 1, 1)
-    assert far.get("a", limit=5) == b"newer"
-    look(far)
-    assert read(far, "a", 1, 1) == b"e"
-    far.put("a", b"our")
-    assert read(far, "a", 1, 1) == b"u"
 
 
 def test_an_object_removed_between_two_tries_is_not_found(
@@ -293,45 +230,6 @@ def test_an_object_removed_between_two_tries_is_not_found(
     monkeypatch.setattr("time.sleep", lambda _: store.delete("a"))
     with pytest.raises(ShardtoolError, match=r"replaced|does not exist"):
         read(far, "a", 0, 2 * MIB)
-
-
-@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
-def test_a_busy_server_is_asked_again(far: GcsStore, trouble: Trouble, status: int) -> None:
-    far.put("a", b"abc")
-    trouble.refused, trouble.status = 2, status
-    assert read(far, "a", 0, 3) == b"abc"
-    assert gets(trouble) == ["0-2"] * 3
-    trouble.refused = 2
-    assert far.stat("a").size == 3
-    trouble.refused = 2
-    far.delete("a")
-    assert not far.exists("a")
-
-
-def test_a_server_that_stays_busy_is_unavailable(far: GcsStore, trouble: Trouble) -> None:
-    trouble.refused, trouble.status = 1000, 429
-    for call in (lambda: read(far, "a", 0, 1), lambda: far.stat("a"), lambda: far.put("a", b"x")):
-        trouble.seen.clear()
-        with pytest.raises(Unavailable, match=r"gs://\S*/a is asked for too often .*429"):
-            call()
-        assert len(trouble.seen) == SOON.attempts
-
-
-def test_what_is_missing_is_asked_for_once(far: GcsStore, trouble: Trouble) -> None:
-    for call in (lambda: read(far, "a", 0, 1), lambda: far.stat("a")):
-        trouble.seen.clear()
-        with pytest.raises(NotFound, match="/a does not exist"):
-            call()
-        assert len(trouble.seen) == 1
-
-
-def test_what_is_refused_is_asked_for_once(far: GcsStore, trouble: Trouble) -> None:
-    for call in (lambda: read(far, "a", 0, 1), lambda: far.stat("a"), lambda: far.put("a", b"x")):
-        trouble.refused, trouble.status = 1, 403
-        trouble.seen.clear()
-        with pytest.raises(AccessDenied, match="gs://"):
-            call()
-        assert len(trouble.seen) == 1
 
 
 # Writing
@@ -361,7 +259,7 @@ def test_the_size_decides_how_an_object_is_uploaded(store: GcsStore) -> None:
 )
 def test_chunks_are_whole_whatever_the_slices(store: GcsStore, slices: list[int]) -> None:
     """The server takes multiples of 256 KiB. Nothing can be seen before the commit."""
-    data = bytes_of(sum(slices))
+    data = content(sum(slices))
     writer = store.create("a", len(data))
     at = 0
     for size in slices:
@@ -380,7 +278,7 @@ def test_an_upload_goes_on_where_the_server_is(
     store: GcsStore, gcs_standin: GcsServer, keep: int, fault: int, late: bool
 ) -> None:
     """A chunk that was cut, or whose answer was lost: the server is asked how much of it it has."""
-    data = bytes_of(20 * MIB + 3)
+    data = content(20 * MIB + 3)
     writer = store.create("a", len(data))
     if not late:
         gcs_standin.control(keep=keep, fault=fault)
@@ -394,21 +292,9 @@ def test_an_upload_goes_on_where_the_server_is(
 
 
 @pytest.mark.parametrize("size", [3, 12 * MIB])
-@pytest.mark.parametrize("kind", ["lost", "refused"])
-def test_an_upload_gets_through(far: GcsStore, trouble: Trouble, size: int, kind: str) -> None:
-    """A lost answer to any request of an upload is asked for again."""
-    data = bytes_of(size)
-    setattr(trouble, kind, 3)
-    trouble.methods = ("POST", "PUT")
-    write(far, "a", data, slice_size=8 * MIB)
-    assert far.get("a", limit=size) == data
-    assert getattr(trouble, kind) == 0
-
-
-@pytest.mark.parametrize("size", [3, 12 * MIB])
 def test_an_exclusive_object_whose_answer_was_lost_is_ours(far: GcsStore, trouble: Trouble, size: int) -> None:
     """Its repetition is refused because of itself, or told that it is done."""
-    data = bytes_of(size)
+    data = content(size)
     writer = far.create("record", size, exclusive=True)
     writer.write(0, data)
     trouble.lost, trouble.methods = 1, ("POST", "PUT")
@@ -489,28 +375,3 @@ def test_an_abort_ends_the_upload(store: GcsStore, gcs_standin: GcsServer) -> No
     assert gcs_standin.control()["sessions"] == before + 1
     writer.abort()
     assert gcs_standin.control()["sessions"] == before
-
-
-def test_an_abort_that_fails_does_not_hide_what_failed_before(far: GcsStore, trouble: Trouble) -> None:
-    writer = far.create("a", 20 * MIB)
-    trouble.lost, trouble.methods = 1, ("DELETE",)
-    writer.abort()
-    assert trouble.lost == 0
-
-
-def test_memory_goes_to_the_server_and_comes_from_it_without_a_copy(store: GcsStore) -> None:
-    """Neither a chunk nor a range is held a second time."""
-    size = 32 * MIB
-    data = memoryview(bytearray(bytes_of(MIB)) * 32)
-    room = memoryview(bytearray(size))
-    write(store, "warm", data[: 10 * MIB])
-    read(store, "warm", 0, 1)
-    tracemalloc.start()
-    try:
-        write(store, "a", data, slice_size=size)
-        store.readinto("a", 0, room)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert room == data
-    assert peak < 2 * MIB

@@ -7,7 +7,6 @@ import random
 import socket
 import threading
 import time
-import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -15,14 +14,14 @@ import pytest
 
 from shardtool.errors import AccessDenied, FormatError, NotFound, ShardtoolError, StoreError, Unavailable, UsageError
 from shardtool.stores import open_store
-from shardtool.stores.base import Store
 from shardtool.stores.redis.errors import translated
 from shardtool.stores.redis.records import CHUNK, UNIT, Entry
 from shardtool.stores.redis.store import RedisStore
 from shardtool.stores.wire.link import Pace
 from shardtool.stores.wire.retry import Again
-from shardtool.testing import StoreContract, write
+from shardtool.testing import StoreContract, read, write
 from tests.servers.redis import PASSWORD, READER, WRITER, RedisServer
+from tests.stores.far import ServerContract
 
 MIB = 1 << 20
 SOON = Again(attempts=3, backoff=0.01)
@@ -80,11 +79,17 @@ def store(redis_server: RedisServer, redis_name: str) -> Iterator[RedisStore]:
         yield store
 
 
-def read(store: Store, key: str, start: int, size: int) -> bytes:
-    """A range as bytes."""
-    room = bytearray(size)
-    store.readinto(key, start, memoryview(room))
-    return bytes(room)
+@pytest.fixture
+def at_port(redis_name: str) -> Callable[[int], RedisStore]:
+    """Opens a name on a port of this machine."""
+    return lambda port: RedisStore(f"redis://127.0.0.1:{port}/{redis_name}", again=Again(attempts=1))
+
+
+class TestOnTheWay(ServerContract):
+    """What holds of every store that has a server."""
+
+    extra = MIB
+    unreached = "cannot be reached at 127"
 
 
 @contextmanager
@@ -250,14 +255,6 @@ def test_tls_where_there_is_none_and_none_where_there_is(redis_server: RedisServ
         store.stat("a")
 
 
-def test_a_server_that_is_not_there_is_unavailable(redis_name: str) -> None:
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        address = f"redis://127.0.0.1:{closed.getsockname()[1]}/{redis_name}"
-        with RedisStore(address, again=SOON) as store, pytest.raises(Unavailable, match="cannot be reached at 127"):
-            store.put("a", b"x")
-
-
 @contextmanager
 def speaking(said: bytes) -> Iterator[int]:
     """A server that says this to whoever connects, and no more."""
@@ -313,7 +310,7 @@ def test_a_silent_server_is_given_up(redis_name: str) -> None:
         pace = Pace(connect=1, silence=0.2)
         with RedisStore(address, again=SOON, pace=pace) as store, pytest.raises(Unavailable, match="broke"):
             store.stat("a")
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 40  # of a minute or more at the usual pace
 
 
 def test_connections_that_the_server_closed_are_not_used(store: RedisStore, redis_server: RedisServer) -> None:
@@ -464,26 +461,6 @@ def test_a_reader_knows_of_a_replacement_elsewhere(store: RedisStore, redis_serv
         read(store, "a", 0, 5)
 
 
-@pytest.mark.parametrize("look", [lambda store: list(store.list("")), lambda store: store.stat("a")])
-def test_an_object_is_read_in_the_version_that_was_seen(
-    store: RedisStore, look: Callable[[RedisStore], object]
-) -> None:
-    """Ranges of one checkpoint come from one version of its files, until somebody looks again."""
-    store.put("a", b"old")
-    look(store)
-    assert read(store, "a", 0, 1) == b"o"
-    with RedisStore(store.uri) as other:
-        other.put("a", b"newer")
-    for _ in range(2):
-        with pytest.raises(StoreError, match="/a was replaced while it was read"):
-            read(store, "a", 1, 1)
-    assert store.get("a", limit=5) == b"newer"
-    look(store)
-    assert read(store, "a", 1, 1) == b"e"
-    store.put("a", b"our")
-    assert read(store, "a", 1, 1) == b"u"
-
-
 def test_a_small_object_is_got_in_one_version(store: RedisStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not the size of one and the bytes of another."""
     store.put("a", b"old")
@@ -575,23 +552,6 @@ def test_what_is_committed_is_not_discarded(store: RedisStore) -> None:
     store.discard(left)
     assert list(store.unfinished()) == []
     assert read(store, "a", UNIT - 3, 3) == b"xxx"
-
-
-def test_memory_goes_to_the_server_and_comes_from_it_without_a_copy(store: RedisStore) -> None:
-    size = 32 * MIB
-    data = memoryview(bytearray(random.Random(5).randbytes(MIB)) * 32)
-    room = memoryview(bytearray(size))
-    write(store, "warm", data[: 10 * MIB])
-    read(store, "warm", 0, 1)
-    tracemalloc.start()
-    try:
-        write(store, "a", data, slice_size=size)
-        store.readinto("a", 0, room)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert room == data
-    assert peak < MIB
 
 
 def test_no_password_is_kept_in_the_server(locked_redis: RedisServer, redis_name: str) -> None:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import random
-import socket
-import time
-import tracemalloc
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from functools import partial
 
 import pytest
 
-from shardtool.errors import AccessDenied, AlreadyExists, FormatError, NotFound, StoreError, Unavailable, UsageError
-from shardtool.stores.base import Store
+from shardtool.errors import AccessDenied, AlreadyExists, FormatError, NotFound, StoreError, UsageError
 from shardtool.stores.s3.store import Access, S3Store
-from shardtool.testing import StoreContract, write
+from shardtool.testing import StoreContract, read, write
 from tests.servers import Proxy, S3Server, Trouble
 from tests.servers.web import Scripted, Visit, reply
+from tests.stores.far import NEIGHBOURS, HttpContract, Opened, Raw
 
 MIB = 1 << 20
 
@@ -27,10 +24,9 @@ class TestS3Store(StoreContract):
     gaps = frozenset({"age"})  # moto says of every upload that it began in 2010
 
     @pytest.fixture
-    def store(self, bucket: str, s3_server: S3Server) -> Iterator[S3Store]:
-        client = s3_server.client
-        for key in ("models/llama-2/a", "models/llama", "models/llamas", "z"):
-            client.put_object(Bucket=bucket, Key=key, Body=b"not ours")
+    def store(self, bucket: str, raw: Raw) -> Iterator[S3Store]:
+        for key in NEIGHBOURS:
+            raw(key, b"not ours")
         with S3Store(f"s3://{bucket}/models/llama/") as store:
             yield store
 
@@ -43,36 +39,45 @@ def store(bucket: str) -> Iterator[S3Store]:
 
 
 @pytest.fixture
-def proxy(bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """A proxy in front of the server, to which boto3's environment points."""
-    with Proxy(s3_server.endpoint) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        yield proxy
+def behind(bucket: str, proxy: Proxy) -> Opened:
+    """The bucket behind the proxy; next to nothing is waited between tries."""
+    return partial(S3Store, f"s3://{bucket}", backoff=0.001)
 
 
 @pytest.fixture
-def trouble(proxy: Proxy) -> Trouble:
-    """What goes wrong between ``far`` and the server."""
-    return proxy.trouble
+def raw(bucket: str, s3_server: S3Server) -> Raw:
+    """Puts an object by boto3."""
+    return lambda key, data: s3_server.client.put_object(Bucket=bucket, Key=key, Body=data)
 
 
 @pytest.fixture
-def far(bucket: str, proxy: Proxy) -> Iterator[S3Store]:
-    """The bucket behind the proxy, which waits next to nothing between tries."""
-    with S3Store(f"s3://{bucket}", backoff=0.001) as store:
-        yield store
+def at_port(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], S3Store]:
+    """Opens the bucket on a port of this machine."""
+
+    def opened(port: int) -> S3Store:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        return S3Store(f"s3://{bucket}", attempts=1)
+
+    return opened
 
 
-def read(store: Store, key: str, start: int, size: int) -> bytes:
-    """A range as bytes."""
-    room = bytearray(size)
-    store.readinto(key, start, memoryview(room))
-    return bytes(room)
+class TestOnTheWay(HttpContract):
+    """What happens between S3 and us."""
 
-
-def ranges(trouble: Trouble) -> list[str]:
-    """The ranges that were asked for."""
-    return [request.range.removeprefix("bytes=") for request in trouble.seen if request.method == "GET"]
+    extra = 6 * MIB
+    nowhere = "s3://no-such-bucket/folder/"
+    untold = frozenset({"stat"})
+    busy = ((503, "SlowDown"), (500, "InternalError"), (502, ""), (429, "Throttling"))
+    throttled = (503, "SlowDown")
+    library = 3
+    refusals = (
+        (403, "AccessDenied", AccessDenied, "access .*denied .*AccessDenied"),
+        (403, "SignatureDoesNotMatch", AccessDenied, "credentials .*not valid"),
+        (403, "InvalidAccessKeyId", AccessDenied, "credentials .*not valid"),
+        (400, "ExpiredToken", AccessDenied, "credentials .*not valid"),
+        (403, "RequestTimeTooSkewed", AccessDenied, "clock"),
+        (400, "InvalidURI", StoreError, "InvalidURI"),
+    )
 
 
 def uploads(server: S3Server, bucket: str) -> int:
@@ -129,33 +134,6 @@ def test_missing_credentials_are_access_denied(bucket: str, monkeypatch: pytest.
         store.stat("a")
 
 
-def test_a_bucket_that_does_not_exist_is_named(bucket: str) -> None:
-    with S3Store("s3://no-such-bucket/folder") as store:
-        room = memoryview(bytearray(1))
-        calls: list[Callable[[], object]] = [
-            lambda: list(store.list()),
-            lambda: store.readinto("a", 0, room),
-            lambda: store.create("a", 20 * MIB),
-            lambda: store.put("a", b"x"),
-        ]
-        for call in calls:
-            with pytest.raises(NotFound, match=r"the bucket of s3://no-such-bucket/folder/\S* does not exist"):
-                call()
-        with pytest.raises(NotFound, match="s3://no-such-bucket/folder/a"):
-            store.stat("a")
-
-
-def test_a_server_that_does_not_answer_is_unavailable(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
-        with (
-            S3Store(f"s3://{bucket}", attempts=1) as store,
-            pytest.raises(Unavailable, match="cannot be reached"),
-        ):
-            store.readinto("a", 0, memoryview(bytearray(1)))
-
-
 # Listing
 
 
@@ -168,100 +146,13 @@ def test_a_listing_has_many_pages(store: S3Store, s3_server: S3Server) -> None:
     assert [found.key for found in store.list("folder/")] == [f"folder/{number:04}" for number in range(1005)]
 
 
-def test_markers_of_folders_are_not_objects(store: S3Store, s3_server: S3Server) -> None:
-    """Consoles make empty objects whose name ends with a slash."""
-    client = s3_server.client
-    for key in ("folder/", "folder/a", "double//slash"):
-        client.put_object(Bucket=store.uri.removeprefix("s3://"), Key=key, Body=b"")
-    assert [found.key for found in store.list()] == ["folder/a"]
-
-
 # Reading
-
-
-@pytest.mark.parametrize("reset", [False, True])
-def test_a_cut_body_is_continued_where_it_was_cut(far: S3Store, trouble: Trouble, reset: bool) -> None:
-    """Only what is missing is asked for again."""
-    data = random.Random(1).randbytes(3 * MIB)
-    far.put("a", data)
-    trouble.cuts, trouble.cut_after, trouble.reset = 2, MIB, reset
-    assert read(far, "a", 1000, 2 * MIB + 500_000) == data[1000 : 1000 + 2 * MIB + 500_000]
-    starts = [int(found.split("-")[0]) for found in ranges(trouble)]
-    assert len(starts) == 3
-    assert starts == sorted(starts)
-    assert starts[0] == 1000
-    # A reset may take back what had arrived; an end does not.
-    assert reset or starts == [1000, 1000 + MIB, 1000 + 2 * MIB]
-    assert {found.split("-")[1] for found in ranges(trouble)} == {str(1000 + 2 * MIB + 500_000 - 1)}
-
-
-def test_connections_that_bring_something_may_break_more_often(far: S3Store, trouble: Trouble) -> None:
-    data = random.Random(2).randbytes(12 * MIB)
-    write(far, "a", data, slice_size=6 * MIB)
-    trouble.cuts, trouble.cut_after = 11, MIB
-    assert read(far, "a", 0, len(data)) == data
-
-
-def test_connections_that_bring_nothing_are_given_up(bucket: str, proxy: Proxy) -> None:
-    with S3Store(f"s3://{bucket}", attempts=3, backoff=0.001) as store:
-        store.put("a", b"abc")
-        proxy.trouble.cuts = 1000
-        with pytest.raises(Unavailable, match=f"s3://{bucket}/a"):
-            read(store, "a", 0, 3)
-    assert ranges(proxy.trouble) == ["0-2"] * 3
-
-
-@pytest.mark.parametrize(
-    ("status", "code"), [(503, "SlowDown"), (500, "InternalError"), (502, ""), (429, "Throttling")]
-)
-def test_a_busy_server_is_asked_again(far: S3Store, trouble: Trouble, status: int, code: str) -> None:
-    far.put("a", b"abc")
-    trouble.refused, trouble.status, trouble.code = 2, status, code
-    assert read(far, "a", 0, 3) == b"abc"
-    assert ranges(trouble) == ["0-2"] * 3
-
-
-def test_a_server_that_stays_busy_is_unavailable(bucket: str, proxy: Proxy) -> None:
-    with S3Store(f"s3://{bucket}", attempts=1) as store:
-        proxy.trouble.refused = 1000
-        with pytest.raises(Unavailable, match=r"too often .*SlowDown"):
-            read(store, "a", 0, 1)
-
-
-@pytest.mark.parametrize(
-    ("status", "code", "message"),
-    [
-        (403, "AccessDenied", "access .*denied .*AccessDenied"),
-        (403, "SignatureDoesNotMatch", "credentials .*not valid"),
-        (403, "InvalidAccessKeyId", "credentials .*not valid"),
-        (400, "ExpiredToken", "credentials .*not valid"),
-        (403, "RequestTimeTooSkewed", "clock"),
-    ],
-)
-def test_a_refusal_is_final(far: S3Store, trouble: Trouble, status: int, code: str, message: str) -> None:
-    far.put("a", b"abc")
-    trouble.refused, trouble.status, trouble.code = 1, status, code
-    with pytest.raises(AccessDenied, match=message):
-        read(far, "a", 0, 3)
-    assert len(ranges(trouble)) == 1
 
 
 def test_a_refused_head_says_that_the_object_may_be_missing(far: S3Store, trouble: Trouble) -> None:
     trouble.refused, trouble.status = 1, 403
     with pytest.raises(AccessDenied, match="whether it exists"):
         far.stat("a")
-
-
-def test_a_missing_object_is_asked_for_once(far: S3Store, trouble: Trouble) -> None:
-    with pytest.raises(NotFound, match="/a does not exist"):
-        read(far, "a", 0, 1)
-    assert len(trouble.seen) == 1
-
-
-def test_an_answer_of_another_kind_is_told_as_it_is(far: S3Store, trouble: Trouble) -> None:
-    trouble.refused, trouble.status, trouble.code = 1, 400, "InvalidURI"
-    with pytest.raises(StoreError, match="InvalidURI"):
-        read(far, "a", 0, 1)
 
 
 def test_a_range_answered_with_200_is_a_range(far: S3Store, trouble: Trouble) -> None:
@@ -284,43 +175,6 @@ def test_a_server_that_ignores_ranges_is_found_out(far: S3Store, trouble: Troubl
             read(far, "a", start, size)
 
 
-def test_an_object_replaced_between_two_tries_is_noticed(
-    far: S3Store, trouble: Trouble, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Half of one object and half of another must not be taken for one."""
-    far.put("a", bytes(2 * MIB))
-    trouble.cuts, trouble.cut_after = 1, MIB
-    waits: list[float] = []
-
-    def replace(seconds: float) -> None:
-        waits.append(seconds)
-        if len(waits) == 1:
-            far.put("a", b"x" * (2 * MIB))
-
-    monkeypatch.setattr("shardtool.stores.wire.retry.time", SimpleNamespace(sleep=replace, monotonic=time.monotonic))
-    with pytest.raises(StoreError, match="replaced while it was read"):
-        read(far, "a", 0, 2 * MIB)
-
-
-@pytest.mark.parametrize("look", [lambda store: list(store.list("")), lambda store: store.stat("a")])
-def test_an_object_is_read_in_the_version_that_was_seen(
-    store: S3Store, s3_server: S3Server, look: Callable[[S3Store], object]
-) -> None:
-    """Ranges of one checkpoint come from one version of its files, until somebody looks again."""
-    bucket = store.uri.removeprefix("s3://")
-    store.put("a", b"old")
-    look(store)
-    assert read(store, "a", 0, 1) == b"o"
-    s3_server.client.put_object(Bucket=bucket, Key="a", Body=b"new")
-    with pytest.raises(StoreError, match="replaced while it was read"):
-        read(store, "a", 1, 1)
-    assert store.get("a", limit=3) == b"new"
-    look(store)
-    assert read(store, "a", 1, 1) == b"e"
-    store.put("a", b"our")
-    assert read(store, "a", 1, 1) == b"u"
-
-
 # Writing
 
 
@@ -333,12 +187,6 @@ def test_the_size_decides_how_an_object_is_uploaded(store: S3Store) -> None:
     assert -(-(5 << 40) // store.create("a", 5 << 40).unit) <= 10_000
 
 
-def test_a_large_object_cannot_be_exclusive(store: S3Store) -> None:
-    """Servers exist that ignore the condition when parts are put together."""
-    with pytest.raises(UsageError, match="exclusively"):
-        store.create("a", 512 * MIB + 1, exclusive=True)
-
-
 def test_an_abort_leaves_no_parts_behind(store: S3Store, s3_server: S3Server) -> None:
     bucket = store.uri.removeprefix("s3://")
     writer = store.create("a", 20 * MIB)
@@ -346,30 +194,6 @@ def test_an_abort_leaves_no_parts_behind(store: S3Store, s3_server: S3Server) ->
     assert uploads(s3_server, bucket) == 1
     writer.abort()
     assert uploads(s3_server, bucket) == 0
-
-
-def test_an_abort_that_fails_does_not_hide_what_failed_before(far: S3Store, trouble: Trouble) -> None:
-    writer = far.create("a", 20 * MIB)
-    trouble.refused, trouble.status, trouble.code, trouble.methods = 1, 403, "AccessDenied", ("DELETE",)
-    writer.abort()
-    assert trouble.refused == 0
-
-
-@pytest.mark.parametrize("size", [3, 12 * MIB])
-def test_an_upload_gets_through_to_a_busy_server(far: S3Store, trouble: Trouble, size: int) -> None:
-    data = random.Random(3).randbytes(size)
-    trouble.refused = 3
-    write(far, "a", data, slice_size=6 * MIB)
-    assert far.get("a", limit=size) == data
-
-
-@pytest.mark.parametrize("size", [3, 12 * MIB])
-def test_a_lost_answer_to_bytes_is_asked_for_again(far: S3Store, trouble: Trouble, size: int) -> None:
-    """Sending the same bytes twice is no harm."""
-    data = random.Random(4).randbytes(size)
-    trouble.lost, trouble.methods = 1, ("PUT",)
-    write(far, "a", data, slice_size=6 * MIB)
-    assert far.get("a", limit=size) == data
 
 
 def test_a_lost_answer_to_the_commit_is_not_a_lost_object(far: S3Store, trouble: Trouble) -> None:
@@ -420,24 +244,6 @@ def test_an_exclusive_object_of_another_is_not_ours(far: S3Store, trouble: Troub
     with pytest.raises(AlreadyExists, match="record"):
         writer.commit()
     assert far.get("record", limit=10) == b"theirs"
-
-
-def test_memory_goes_to_the_server_and_comes_from_it_without_a_copy(store: S3Store) -> None:
-    """Neither a part nor a range is held a second time."""
-    size = 32 * MIB
-    data = memoryview(bytearray(random.Random(5).randbytes(MIB)) * 32)
-    room = memoryview(bytearray(size))
-    write(store, "warm", data[: 10 * MIB])
-    read(store, "warm", 0, 1)
-    tracemalloc.start()
-    try:
-        write(store, "a", data, slice_size=size)
-        store.readinto("a", 0, room)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert room == data
-    assert peak < 6 * MIB
 
 
 # How a server is reached.

@@ -267,9 +267,9 @@ def test_other_pages_are_no_listing(body: bytes, kind: str) -> None:
 @pytest.mark.parametrize("part", [b"<a ", b"<!--", b"<![", b'<a href="', b"<a href=", b"<title>", b"<a href='b' "])
 def test_a_page_of_any_kind_is_read_in_time(part: bytes) -> None:
     """Python's own parser takes 20 seconds for 40 kB, or fails."""
-    began = time.monotonic()
+    began = time.thread_time()  # whatever else the machine does meanwhile
     autoindex.parse(b"<title>Index of /</title>" + part * 200_000, "text/html")
-    assert time.monotonic() - began < 5
+    assert time.thread_time() - began < 5
 
 
 @pytest.mark.parametrize("link", ["//[", "&#" + "9" * 5000 + ";", "http://other/b", "a" * 5000])
@@ -425,7 +425,7 @@ def test_a_load_through_bad_weather_is_right_or_an_error(
                 name: (t.dtype, t.tolist()) for name, t in right.items()
             }
             assert report.exit_code == 0, [check.why for check in report.files]
-    assert time.monotonic() - began < 30.0
+    assert time.monotonic() - began < 50.0
 
 
 def impatient(uri: str) -> HttpStore:

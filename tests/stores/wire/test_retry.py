@@ -189,13 +189,14 @@ def test_an_error_of_the_server_is_no_throttling() -> None:
 def test_no_more_than_the_limit_are_under_way() -> None:
     lanes = Lanes(most=8)
     lanes.limit = 2.0
-    lock, now, seen = threading.Lock(), [0], []
+    lock, now, seen, pair = threading.Lock(), [0], [], threading.Barrier(2)
 
     def run() -> None:
-        with lanes.lane(10):
+        with lanes.lane(60):
             with lock:
                 now[0] += 1
                 seen.append(now[0])
+            pair.wait(60)  # for the one beside it; a third one would come in while they stay a moment longer
             time.sleep(0.01)
             with lock:
                 now[0] -= 1

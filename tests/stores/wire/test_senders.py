@@ -17,7 +17,7 @@ def test_calls_are_made_at_the_same_time_and_answered_in_order() -> None:
     meeting, senders = threading.Barrier(4), Senders()
 
     def call(number: int) -> int:
-        meeting.wait(timeout=20)
+        meeting.wait(timeout=60)
         return number
 
     assert senders.each([partial(call, number) for number in range(4)]) == [0, 1, 2, 3]
@@ -67,7 +67,7 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
     senders = Senders()
     senders.each([partial(time.sleep, 0.01)] * 4)
     if not (child := os.fork()):
-        signal.alarm(20)
+        signal.alarm(60)
         good = senders.each([int, int, int]) == [0, 0, 0]
         senders.close()
         os._exit(0 if good else 1)
