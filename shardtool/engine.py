@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from threading import Lock, Semaphore
+from queue import Empty, SimpleQueue
+from threading import Lock, Thread
 from typing import Protocol
 
 import numpy as np
@@ -27,6 +27,7 @@ from shardtool.dtypes import FLOATS, DType
 from shardtool.errors import UnsupportedTransform
 from shardtool.schedule import Copy, Read, Step, Tile
 from shardtool.stores.base import Store
+from shardtool.turns import Turns
 
 Progress = Callable[[int], None]
 """Told of the bytes that have just been done, by one thread at a time."""
@@ -137,18 +138,55 @@ def execute(
     """
     depth = depth or 4 * max(1, readers) + 8
     run = _Run(store, arena, depth, min(few or depth, depth), progress, stop, clock or Clock())
-    pool = ThreadPoolExecutor(max(1, readers), thread_name_prefix="shardtool")
+    pool = _Pool(run.job, max(1, readers))
     try:
         for step in steps:
             run.dispatch(step, pool)
-        pool.shutdown(wait=True)
+        pool.finish()
     except BaseException as error:
         run.fail(error)
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.finish()
         if not isinstance(error, Exception):  # Ctrl-C is not a consequence of what may have failed before
             raise
     if run.error is not None:
         raise run.error
+
+
+_Job = tuple[_Work, list[Read]]
+
+
+class _Pool:
+    """Threads that do jobs, which never raise: started when there is one that no other waits for."""
+
+    def __init__(self, do: Callable[[_Work, list[Read]], None], most: int) -> None:
+        self._do = do
+        self._most = most
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._idle: SimpleQueue[None] = SimpleQueue()
+        self._threads: list[Thread] = []
+
+    def submit(self, job: _Job) -> None:
+        self._jobs.put(job)
+        try:
+            self._idle.get_nowait()
+        except Empty:
+            if len(self._threads) < self._most:
+                thread = Thread(target=self._work, name=f"shardtool-{len(self._threads)}", daemon=True)
+                thread.start()
+                self._threads.append(thread)
+
+    def finish(self) -> None:
+        """Wait until all jobs are done and the threads have ended."""
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            self._do(*job)
+            del job  # it has the memory of its step
+            self._idle.put(None)
 
 
 class _Run:
@@ -170,7 +208,7 @@ class _Run:
         self._progress = progress
         self._telling = Lock()
         self._waited = 0.0
-        self._queued = Semaphore(few)
+        self._queued = Turns(few)
         self._spare = depth - few
         self._judged = few  # reads that are looked at first
 
@@ -182,11 +220,11 @@ class _Run:
         if self._stop:
             self._stop()
 
-    def dispatch(self, step: Step, pool: ThreadPoolExecutor) -> None:
+    def dispatch(self, step: Step, pool: _Pool) -> None:
         block = self._arena.lease(step.cost) if step.cost else None
         jobs = [step.reads] if step.serial or not step.reads else [[read] for read in step.reads]
         work = _Work(step, block, len(jobs))
-        self._queued.acquire()  # before memory is taken for it
+        self._queued.take()  # before memory is taken for it
         for tile in step.tiles:
             room = tile.target.sink.room(tile, work.staging(tile))
             work.rooms[id(tile)] = room
@@ -194,12 +232,12 @@ class _Run:
                 fill(room, tile.target.tensor.dtype, tile.fill)
         for number, job in enumerate(jobs):
             if number:
-                self._queued.acquire()
+                self._queued.take()
             if self.error is not None:
                 raise Stopped
-            pool.submit(self._job, work, job)
+            pool.submit((work, job))
 
-    def _job(self, work: _Work, reads: list[Read]) -> None:
+    def job(self, work: _Work, reads: list[Read]) -> None:
         try:
             if self.error is None:
                 for read in reads:
@@ -208,7 +246,7 @@ class _Run:
         except BaseException as error:
             self.fail(error)
         finally:
-            self._queued.release()
+            self._queued.give_back()
 
     def _read(self, work: _Work, read: Read) -> None:
         if read.place is None:
@@ -237,7 +275,7 @@ class _Run:
             self._waited += wall - 2 * worked
             self._judged -= 1
             if self._judged < 0 and self._waited > 0 and self._spare:
-                self._queued.release(self._spare)
+                self._queued.give_back(self._spare)
                 self._spare = 0
 
     def _finish(self, work: _Work) -> None:

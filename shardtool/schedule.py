@@ -165,6 +165,30 @@ def steps(
         yield from _batch(batch, limit, want, longest, tile)
 
 
+def straight(target: Target, *, want: int, longest: int, tile: int) -> Iterator[Step]:
+    """The steps of a target that is a stored run of bytes as it lies: what ``steps`` makes of it, for a tenth."""
+    (piece,) = target.pieces
+    stored = piece.source
+    assert isinstance(stored, Stored)
+    assert stored.dtype.itemsize == 1
+    end = stored.offset + target.tensor.nbytes
+    for start in range(stored.offset, end, tile):
+        count = min(tile, end - start)
+        place = cost = 0
+        if target.staging:
+            place = start % PAGE if _large(count) else 0
+            if place + _up(count) * target.staging > want:
+                place = 0
+            cost = _up(place + _up(count) * target.staging)
+        made = Tile(target, target.offset + start - stored.offset, count, place, None)
+        reads = []
+        for at in range(start, start + count, longest):
+            nbytes = min(longest, start + count - at)
+            dst, src = flat(at - start, nbytes), flat(at - stored.offset, nbytes)
+            reads.append(Read(stored.key, at, nbytes, [Copy(made, dst, src, stored.offset - at, stored.dtype)]))
+        yield Step([made], reads, cost)
+
+
 def _up(n: int) -> int:
     return -(-n // ALIGN) * ALIGN
 

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 # modules below shardtool; "." is shardtool/__init__.py. A module belongs to the first line that names it.
 FLOORS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "L0 words":      (("errors", "dtypes", "window", "units", "parallel",
-                       "calm"),                                                ()),
+                       "calm", "turns"),                                       ()),
     "L1 nouns":      (("plan", "mosaic", "schedule", "header", "digest",
                        "recipe", "recipe_json", "fold", "inventory",
                        "manifest", "pattern", "unpickle", "torchfile"),        ("L0 words",)),

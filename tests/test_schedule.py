@@ -217,6 +217,24 @@ def test_a_layer_is_read_once_in_long_ranges(rule: str, tp: int, much: int):
     assert {int(n) for n in np.unique(world.counts["f"][3:])} == {1}
 
 
+@given(
+    st.integers(1, 3 << 20),
+    st.integers(0, 9000),
+    st.sampled_from([64 << 10, 1 << 20, 8 << 20]),
+    st.sampled_from([100_003, 1 << 20]),
+    st.sampled_from([0, 1]),
+    st.integers(0, 5000),
+)
+def test_a_run_of_bytes_has_the_same_steps_for_less(
+    size: int, at: int, longest: int, tile: int, staging: int, more: int
+):
+    tensor = whole("", Stored("key", DType.U8, (size,), at))
+    target = Target(tensor, tuple(tensor.pieces()), None, 0, staging)
+    want = least([[target]], tile) - schedule.FLOOR - schedule.ALIGN + more  # a tile, and some of the page before it
+    found = list(schedule.straight(target, want=want, longest=longest, tile=tile))
+    assert found == list(steps([[target]], limit=want, want=want, longest=longest, tile=tile))
+
+
 def test_rows_that_a_rank_needs_only_a_little_of_are_read_apart():
     """Between the columns of one rank lie more bytes than are worth reading."""
     world = World()

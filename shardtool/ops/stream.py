@@ -283,9 +283,13 @@ def flow(
             target = segment.target(sink, place.staging)
             if number in turns:
                 turns[number].wait()
-            yield from schedule.steps(
-                [[target]], limit=means.arena.size, want=digest.CHUNK + PAGE, longest=means.block, tile=digest.CHUNK
-            )
+            want = min(digest.CHUNK + PAGE, means.arena.size)
+            if segment.turned or place.staging * min(digest.CHUNK, segment.nbytes) > want:
+                yield from schedule.steps(
+                    [[target]], limit=means.arena.size, want=want, longest=means.block, tile=digest.CHUNK
+                )
+            else:
+                yield from schedule.straight(target, want=want, longest=means.block, tile=digest.CHUNK)
 
     def work() -> None:
         done = 0
@@ -307,7 +311,7 @@ def flow(
                     stop=stop,
                     clock=means.clock,
                     depth=means.threads + 1,
-                    few=cores() + 1,
+                    few=max(2, cores()),
                 )
             finally:
                 copier.close()

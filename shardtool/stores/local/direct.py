@@ -22,12 +22,12 @@ import errno
 import fcntl
 import mmap
 import os
-import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from shardtool.stores.local.files import DISKS, Kind, OpenFile
+from shardtool.turns import Turns
 
 PAGE = 4096
 """Bytes to which offsets, addresses and sizes of direct reads and writes are aligned, enough for all common disks."""
@@ -84,7 +84,7 @@ class Reader:
 
     def __init__(self, direct: bool | None) -> None:
         self._direct = direct if hasattr(os, "O_DIRECT") and hasattr(os, "preadv") else False
-        self._copies = threading.Semaphore(cores())
+        self._copies = Turns(cores())
         self._edges = Buffers(_EDGES)
 
     def takes(self, threads: int) -> int:

@@ -18,6 +18,7 @@ import threading
 from contextlib import suppress
 
 from shardtool.stores.local.direct import cores
+from shardtool.turns import Turns
 
 BLOCK = 256 << 10
 """Encrypted bytes that are taken from the socket at a time, at most: the processor's own cache holds them."""
@@ -152,7 +153,7 @@ class Secure:
             self.push()
 
 
-_TURNS = threading.Semaphore(cores())
+_TURNS = Turns(cores())
 _MEMORY = threading.local()
 
 
