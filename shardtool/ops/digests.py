@@ -22,13 +22,15 @@ from shardtool.budget import anonymous, limit_of
 from shardtool.checkpoint import WeightFile
 from shardtool.digest import StreamDigester, TensorDigest
 from shardtool.header import PAGE
-from shardtool.ops.limits import MOST, READ, Reading, reading
+from shardtool.ops.limits import MOST, READ, Reading, readers, reading
 from shardtool.schedule import FLOOR
 from shardtool.stores.base import Store
 from shardtool.stores.local.direct import cores
 
 LEAST = FLOOR + PAGE
 """Bytes of memory with which digests can be read."""
+READERS = 12
+"""Readers where storage is slower than hashing: some of them hash while the others keep it busy."""
 HOT = 4 << 20
 """Bytes that are read at a time where storage is fast: they are still in the processor's cache when they are hashed."""
 
@@ -74,7 +76,7 @@ def read(
     ``progress`` is told of the bytes that have just been hashed, by one thread at a time.
     """
     limit = limit_of(memory_limit, least=LEAST, what="a verification", most=MOST)
-    how = reading(limit - LEAST, concurrency, store)
+    how = reading(limit - LEAST, readers(concurrency, max(READERS, cores())), store)
     threads, tile = _divided(limit - how.held, how)
     found = [run for file in files for run in runs(file, max(tile, READ))]
     done: dict[Run, list[TensorDigest]] = {}
@@ -95,7 +97,7 @@ def _divided(memory: int, how: Reading) -> tuple[int, int]:
 class _Pace:
     """Whether storage is what the readers wait for: then there shall be more of them.
 
-    Without that there is a reader for each processor and one more, since many would only push each other's bytes out
+    Without that there is a reader for each processor, since more would only push each other's bytes out
     of the cache. A reader that is not at work may as well wait for a processor; how long is seen while it hashes.
     """
 
@@ -161,7 +163,7 @@ def _side_by_side(
     left = iter(work)
     taking, telling = Lock(), Lock()
     stopped = Event()
-    pace = _Pace(cores() + 1)
+    pace = _Pace(max(2, cores()))
 
     def take() -> Run | None:
         with taking:

@@ -104,6 +104,10 @@ class AzureStore(Store):
         self._pins.keep(key, _tag(head.headers), since)
         return Object(key, _size(head.headers, self.locate(key)), _tag(head.headers))
 
+    def reading(self, threads: int) -> int:
+        """What TLS takes."""
+        return self._wire.reading(self._account.endpoint, threads)
+
     def readinto(self, key: str, start: int, view: memoryview) -> None:
         """Fill ``view``; what a broken connection did not bring is asked for again, the rest is not."""
         memory, path, where = target(start, view), self._path(key), self.locate(key)

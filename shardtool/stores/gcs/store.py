@@ -113,6 +113,10 @@ class GcsStore(Store):
         self._pins.keep(key, str(blob.generation), since)
         return Object(key, blob.size or 0, str(blob.generation))
 
+    def reading(self, threads: int) -> int:
+        """What TLS takes."""
+        return self._wire.reading(self._account.endpoint, threads)
+
     def readinto(self, key: str, start: int, view: memoryview) -> None:
         """Fill ``view`` from one generation, that which was seen last; what a cut did not bring is asked for again."""
         memory, where = target(start, view), self.locate(check_key(key))

@@ -155,6 +155,10 @@ class HubStore(Store):
         found = self._file(key)
         return Object(key, found.size, found.oid)
 
+    def reading(self, threads: int) -> int:
+        """What TLS takes."""
+        return self._wire.reading(self._endpoint, threads)
+
     def readinto(self, key: str, start: int, view: memoryview) -> None:
         """Fill ``view`` from the cache, or else from the hub: what a broken connection did not bring is asked again."""
         memory = target(start, view)

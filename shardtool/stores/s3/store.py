@@ -115,6 +115,10 @@ class S3Store(Store):
         self._pins.keep(key, found.get("ETag", "").strip('"'), since)
         return Object(key, found["ContentLength"], found.get("ETag", ""))
 
+    def reading(self, threads: int) -> int:
+        """What TLS takes."""
+        return self._client.wire.reading(self._client.api.meta.endpoint_url, threads)
+
     def readinto(self, key: str, start: int, view: memoryview) -> None:
         """Fill ``view``; what a broken connection did not bring is asked for again, the rest is not."""
         memory = target(start, view)

@@ -104,6 +104,10 @@ class HttpStore(Store):
         found = self._known[key] = Object(key, size, _version(answer.headers))
         return found
 
+    def reading(self, threads: int) -> int:
+        """What TLS takes."""
+        return self._wire.reading(self.uri, threads)
+
     def readinto(self, key: str, start: int, view: memoryview) -> None:
         """Fill ``view``; what a broken connection did not bring is asked for again, the rest is not."""
         memory = target(start, view)

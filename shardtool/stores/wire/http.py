@@ -36,6 +36,7 @@ from shardtool.stores.address import shown
 from shardtool.stores.base import Buffer, octets
 from shardtool.stores.wire.link import Link, Pace, Proxy, connect, reason, unreached
 from shardtool.stores.wire.retry import Lane, Lanes
+from shardtool.stores.wire.tls import HELD
 
 _PORTS = {"http": 80, "https": 443}
 _CHUNKED = 1 << 20  # bytes taken at once of a body without a length: what came of them is lost with the connection
@@ -129,6 +130,10 @@ class Wire(AbstractContextManager["Wire"]):
         with self._lock:
             self._expect_own()
             return self._lanes.setdefault(_server(url), Lanes(self._most))
+
+    def reading(self, url: str, threads: int) -> int:
+        """Bytes of memory that bodies take on their way in so many threads: TLS holds what has come of each."""
+        return threads * HELD if url.startswith("https:") else 0
 
     def close(self) -> None:
         """Close all idle connections; the object may be used again."""

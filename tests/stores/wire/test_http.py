@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from shardtool.errors import AccessDenied, FormatError, StoreError, Unavailable, UsageError
-from shardtool.stores.wire.http import Answer, Request, Wire
+from shardtool.stores.wire.http import Answer, Reply, Request, Wire
 from shardtool.stores.wire.link import Pace
+from shardtool.stores.wire.tls import HELD
 from tests.servers.web import Scripted, Tunnels, Visit, Web, certificate, hang_up, reply
 
 MIB = 1 << 20
@@ -373,6 +374,45 @@ def test_a_slow_answer_that_is_fast_enough_is_taken(timely: Wire) -> None:
 
     with Scripted(say) as server, timely.open(Request("GET", server.url), where="x") as answer:
         assert len(answer.read(20_000)) == 20_000
+
+
+def test_what_came_of_a_large_body_before_silence_is_not_lost(hasty: Wire) -> None:
+    """The kernel gathers more than that before it wakes anybody, as long as more comes."""
+    with (
+        Scripted(say_then(reply(200, Content_Length=MIB) + b"x" * 300_000, wait)) as server,
+        hasty.open(Request("GET", server.url), where="x") as answer,
+    ):
+        memory = bytearray(MIB)
+        with pytest.raises(Unavailable, match="silent or too slow"):
+            fill(answer, memory)
+        assert memory.rstrip(b"\0") == b"x" * 300_000
+
+
+def fill(reply: Reply, memory: bytearray) -> None:
+    """Read a body into memory."""
+    got = 0
+    while count := reply.readinto(memoryview(memory)[got:]):
+        got += count
+
+
+def test_a_large_body_that_comes_in_small_pieces_is_taken_whole(timely: Wire) -> None:
+    """In pieces for which nobody is woken, with pauses in between, and an end that is less than such a piece."""
+    body = bytes(range(256)) * (MIB // 256) + b"the end"
+
+    def say(visit: Visit) -> None:
+        visit.say(reply(200, Content_Length=len(body)))
+        for at in range(0, len(body), 100_000):
+            visit.say(body[at : at + 100_000])
+            time.sleep(0.05)
+
+    with Scripted(say) as server, timely.open(Request("GET", server.url), where="x") as answer:
+        assert answer.read(len(body)) == body
+
+
+def test_what_tls_takes_is_told(wire: Wire) -> None:
+    """``test_tls.py`` shows that it takes no more."""
+    assert wire.reading("https://host/path", 8) == 8 * HELD
+    assert wire.reading("http://host/path", 8) == 0
 
 
 def test_a_reader_that_takes_its_time_is_not_the_servers_fault(timely: Wire) -> None:
