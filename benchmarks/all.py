@@ -54,7 +54,7 @@ SCRIPTS = (
     Script(
         "network",
         ("--size", "64MiB", "--runs", "1"),
-        ("--size", "1GiB", "--runs", "3", "--back", "3"),
+        ("--size", "2GiB", "--runs", "5", "--back", "5"),
         tables=True,
         peers=True,
     ),

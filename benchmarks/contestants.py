@@ -172,13 +172,15 @@ def runai_stream(job: Job) -> Callable[[], Tensors]:
 
 
 def fastsafetensors_owned(job: Job) -> Callable[[], Tensors]:
-    """Whole files at once."""
+    """Whole files at once; ``direct``: by GPUDirect Storage, else through its own buffers."""
     import torch  # noqa: F401
     from fastsafetensors import SafeTensorsFileLoader, SingleGroup
     from fastsafetensors.frameworks import _torch  # noqa: F401
 
+    device, direct = job.get("device", "cpu"), job.get("options", {}).get("direct", False)
+
     def run() -> Iterator[tuple[str, Any]]:
-        loader = SafeTensorsFileLoader(SingleGroup(), "cpu", nogds=True)
+        loader = SafeTensorsFileLoader(SingleGroup(), device, nogds=not direct)
         loader.add_filenames({0: job["files"]})
         buffers = loader.copy_files_to_device()
         for name in loader.get_keys():

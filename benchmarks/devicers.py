@@ -310,23 +310,6 @@ def runai(job: Job) -> Callable[[], Tensors]:
     return run
 
 
-def fastsafetensors(job: Job) -> Callable[[], Tensors]:
-    """Whole files at once; ``direct``: by GPUDirect Storage, else through its own buffers."""
-    from fastsafetensors import SafeTensorsFileLoader, SingleGroup
-    from fastsafetensors.frameworks import _torch  # noqa: F401
-
-    def run() -> Iterator[tuple[str, Any]]:
-        loader = SafeTensorsFileLoader(SingleGroup(), job["device"], nogds=not job["options"].get("direct"))
-        loader.add_filenames({0: job["files"]})
-        buffers = loader.copy_files_to_device()
-        for name in loader.get_keys():
-            yield name, buffers.get_tensor(name)
-        buffers.close()
-        loader.close()
-
-    return run
-
-
 def instanttensor(job: Job) -> Callable[[], Tensors]:
     """InstantTensor's ``safe_open``, tensors copied out of its buffer; ``backend``: how it reads."""
     import instanttensor as package
@@ -349,7 +332,7 @@ CALLS: dict[str, Callable[[Job], Callable[[], Tensors]]] = {
     "safetensors_load": safetensors_load,
     "safetensors_open": safetensors_open,
     "runai": runai,
-    "fastsafetensors": fastsafetensors,
+    "fastsafetensors": contestants.fastsafetensors_owned,
     "instanttensor": instanttensor,
 }
 

@@ -115,26 +115,27 @@ class Checked(Wrapper):
             for chunk in self._chunks(key, 0, self._end(key))
             if not seen[chunk.place]
         )
-        lock = Lock()
-        failed: list[BaseException] = []
+        taking, stopped = Lock(), Event()
 
         def work() -> None:
-            while not failed:
-                with lock:
-                    one = next(left, None)
-                if one is None:
-                    return
-                try:
+            try:
+                while not stopped.is_set():
+                    with taking:
+                        one = next(left, None)
+                    if one is None:
+                        return
                     with self._read_aside(*one):
                         pass
-                except BaseException as error:
-                    failed.append(error)
+            except BaseException:
+                stopped.set()
+                raise
 
         with ThreadPoolExecutor(threads, thread_name_prefix="shardtool-check") as pool:
-            for _ in range(threads):
-                pool.submit(work)
-        if failed:
-            raise failed[0]
+            try:
+                for done in [pool.submit(work) for _ in range(threads)]:
+                    done.result()
+            finally:
+                stopped.set()
 
     def cost(self, ranges: Iterable[tuple[str, int, int]]) -> int:
         """The bytes that reading some ranges (key, start, number) takes, each chunk aside once."""

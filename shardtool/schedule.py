@@ -177,7 +177,7 @@ def straight(target: Target, *, want: int, longest: int, tile: int) -> Iterator[
         place = cost = 0
         if target.staging:
             place = start % PAGE if _large(count) else 0
-            if place + _up(count) * target.staging > want:
+            if _up(place + _up(count) * target.staging) > want:
                 place = 0
             cost = _up(place + _up(count) * target.staging)
         made = Tile(target, target.offset + start - stored.offset, count, place, None)
