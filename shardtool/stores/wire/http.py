@@ -44,6 +44,7 @@ _IDLE = 20.0  # seconds after which a connection is rather made anew than used a
 _ELSEWHERE = frozenset(
     {"accept", "accept-encoding", "if-match", "if-none-match", "if-range", "if-unmodified-since", "range", "user-agent"}
 )  # the headers that a server may see to which another one has redirected
+_LARGE = 64 << 10  # bytes of a body from which on it goes over a connection that is made for sending
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 
@@ -84,7 +85,7 @@ class Wire(AbstractContextManager["Wire"]):
         self._proxies = getproxies()
         self._lock = threading.Lock()
         self._process = os.getpid()
-        self._idle: dict[tuple[str, str, int], list[Link]] = {}
+        self._idle: dict[tuple[tuple[str, str, int], bool], list[Link]] = {}
         self._lanes: dict[tuple[str, str, int], Lanes] = {}
 
     def send(
@@ -168,7 +169,7 @@ class Wire(AbstractContextManager["Wire"]):
         lane = holding.__enter__()
         try:
             while True:
-                link = self._link(server, where)
+                link = self._link(server, where, sending=server[0] == "https" and len(body) > _LARGE)
                 try:
                     return Reply(
                         self,
@@ -196,9 +197,9 @@ class Wire(AbstractContextManager["Wire"]):
             holding.__exit__(None, None, None)
             raise
 
-    def _link(self, server: tuple[str, str, int], where: str) -> Link:
-        """An idle connection that is still good, or a new one."""
-        while link := self._taken(server):
+    def _link(self, server: tuple[str, str, int], where: str, *, sending: bool) -> Link:
+        """An idle connection that is still good, or a new one. ``sending``: one that is made for that."""
+        while link := self._taken(server, sending):
             if time.monotonic() - link.quiet_since < _IDLE and not link.stale():
                 link.reused = True
                 return link
@@ -209,14 +210,14 @@ class Wire(AbstractContextManager["Wire"]):
         try:
             if proxy and not tls:
                 return connect(proxy.host, proxy.port, self.pace, where=where)
-            return connect(host, port, self.pace, where=where, tls=tls, tunnel=proxy)
+            return connect(host, port, self.pace, where=where, tls=tls, tunnel=proxy, sending=sending)
         except (OSError, http.client.HTTPException) as error:
             raise unreached(where, host, port, error, proxy=proxy) from error
 
-    def _taken(self, server: tuple[str, str, int]) -> Link | None:
+    def _taken(self, server: tuple[str, str, int], sending: bool) -> Link | None:
         with self._lock:
             self._expect_own()
-            idle = self._idle.get(server)
+            idle = self._idle.get((server, sending))
             return idle.pop() if idle else None
 
     def _expect_own(self) -> None:
@@ -229,7 +230,7 @@ class Wire(AbstractContextManager["Wire"]):
     def _give_back(self, server: tuple[str, str, int], link: Link) -> None:
         link.quiet_since = time.monotonic()
         with self._lock:
-            self._idle.setdefault(server, []).append(link)
+            self._idle.setdefault((server, link.sending), []).append(link)
 
     def _proxy(self, server: tuple[str, str, int]) -> Proxy | None:
         scheme, host, port = server

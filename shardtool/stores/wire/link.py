@@ -82,6 +82,7 @@ class Link:
     """A connection. One thread uses it at a time."""
 
     def __init__(self, connected: socket.socket | Secure, pace: Pace) -> None:
+        self.sending = isinstance(connected, ssl.SSLSocket)
         self.reused = False
         self.quiet_since = 0.0
         self.clean = True
@@ -142,6 +143,8 @@ class Link:
         if not self._ahead and isinstance(self._socket, Secure):
             self._ahead += self._socket.recv_at_once(_AHEAD)
             return bool(self._ahead)
+        if isinstance(self._socket, ssl.SSLSocket):
+            return bool(self._ahead) or self._socket.pending() > 0
         return bool(self._ahead) or self.stale()
 
     def stale(self) -> bool:
@@ -180,7 +183,7 @@ class Link:
             self._timeout = left
 
     def _received(self, view: memoryview) -> int:
-        if not isinstance(self._socket, Secure) and sys.platform == "linux":
+        if type(self._socket) is socket.socket and sys.platform == "linux":
             self._gather(min(_GATHERED, len(view)) if len(view) > _GATHERED // 8 else 1)
         try:
             return self._socket.recv_into(view)
@@ -196,7 +199,7 @@ class Link:
 
     def _gather(self, count: int) -> None:
         """Let the kernel wake us when so many bytes have come, or the connection has ended."""
-        if count != self._gathered and isinstance(self._socket, socket.socket):
+        if count != self._gathered and not isinstance(self._socket, Secure):
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count)
             self._gathered = count
 
@@ -244,9 +247,18 @@ class _Received(io.RawIOBase):
 
 
 def connect(
-    host: str, port: int, pace: Pace, *, where: str, tls: ssl.SSLContext | None = None, tunnel: Proxy | None = None
+    host: str,
+    port: int,
+    pace: Pace,
+    *,
+    where: str,
+    tls: ssl.SSLContext | None = None,
+    tunnel: Proxy | None = None,
+    sending: bool = False,
 ) -> Link:
     """A new connection to a server: with TLS if a context is given, through a proxy's CONNECT if one is given.
+
+    ``sending``: large bodies will go over it: then Python's own TLS takes less, since it encrypts into the socket.
 
     An ``OSError`` where there is none; a server that cannot be trusted is a ``StoreError``, a proxy that refuses an
     ``AccessDenied``. ``where`` is what people are told that they asked for.
@@ -263,7 +275,7 @@ def connect(
             _through(connected, tunnel, host, port, pace, where)
         if tls:
             connected.settimeout(pace.connect)
-            return Link(_trusted(connected, tls, host, where), pace)
+            return Link(_trusted(connected, tls, host, where, sending=sending), pace)
     except BaseException:
         connected.close()
         raise
@@ -343,9 +355,13 @@ def _through(connected: socket.socket, proxy: Proxy, host: str, port: int, pace:
         raise StoreError(f"{said}: check HTTPS_PROXY")
 
 
-def _trusted(connected: socket.socket, tls: ssl.SSLContext, host: str, where: str) -> Secure:
+def _trusted(
+    connected: socket.socket, tls: ssl.SSLContext, host: str, where: str, *, sending: bool
+) -> Secure | ssl.SSLSocket:
     """Speak TLS from here on."""
     try:
+        if sending:
+            return tls.wrap_socket(connected, server_hostname=host)
         return Secure(connected, tls, host)
     except ssl.SSLCertVerificationError as error:
         text = error.verify_message.rstrip(".") or "its certificate is not valid"

@@ -2,7 +2,8 @@
 
 OpenSSL left alone asks the socket twice for every 16 KiB, and threads that do so pass Python's lock around just as
 often. Here the socket is asked for large pieces while no lock is held; what has come is decrypted in one go, by no more
-threads at a time than there are processors.
+threads at a time than there are processors. Large bodies that are sent are better off with Python's own
+(``link.connect``), which encrypts into the socket.
 
 ::
 

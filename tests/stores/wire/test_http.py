@@ -90,7 +90,7 @@ def test_a_body_of_any_size_is_sent_from_memory(wire: Wire, tls: Path, secure: b
             assert wire.send(Request("PUT", server.url), data, where="x").status == 201
     assert [visit.body for visit in server.visits] == [b"", b"x", body, body[7:]]
     assert [visit.headers["content-length"] for visit in server.visits] == [str(len(v.body)) for v in server.visits]
-    assert server.connections == 1
+    assert server.connections == 1 + secure  # large bodies go over one that is made for them
 
 
 def test_a_header_cannot_smuggle_another_one(wire: Wire) -> None:
