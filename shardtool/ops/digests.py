@@ -97,8 +97,8 @@ def _divided(memory: int, how: Reading) -> tuple[int, int]:
 class _Pace:
     """Whether storage is what the readers wait for: then there shall be more of them.
 
-    Without that there is a reader for each processor, since more would only push each other's bytes out
-    of the cache. A reader that is not at work may as well wait for a processor; how long is seen while it hashes.
+    Without that there is a reader for each processor, since more would only push each other's bytes out of the cache. A
+    reader that is not at work may as well wait for a processor; how long is seen while it hashes.
     """
 
     def __init__(self, few: int) -> None:

@@ -52,11 +52,6 @@ class Secure:
             with suppress(OSError):  # why it has failed is for the other side too
                 self._send_out()
 
-    @property
-    def version(self) -> str | None:
-        """The protocol that is spoken."""
-        return self._tls.version()
-
     def unsent(self) -> bool:
         """Whether something that was taken by ``send`` has not left yet."""
         return bool(self._unsent) or self._outgoing.pending > 0

@@ -24,13 +24,6 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def wire() -> Iterator[Wire]:
-    """Connections as patient as any: what is right here is right on a busy machine as well."""
-    with Wire() as wire:
-        yield wire
-
-
-@pytest.fixture
 def hasty() -> Iterator[Wire]:
     """Connections that lose their patience after half a second."""
     with Wire(pace=Pace(silence=0.5, floor=1000)) as wire:

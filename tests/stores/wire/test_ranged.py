@@ -21,13 +21,6 @@ QUICK = Again(attempts=4, backoff=0.001)
 
 
 @pytest.fixture
-def wire() -> Iterator[Wire]:
-    """Connections as patient as any: what is right here is right on a busy machine as well."""
-    with Wire() as wire:
-        yield wire
-
-
-@pytest.fixture
 def hasty() -> Iterator[Wire]:
     """Connections that lose their patience soon, and yet after any server that works has answered."""
     with Wire(pace=Pace(silence=1.5, floor=1000)) as wire:
