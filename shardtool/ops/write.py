@@ -152,7 +152,8 @@ def perform(job: Job, to: Store, means: Means, guard: Guard | None = None) -> Su
         if guard is not None and means.ranks is None:
             guard.finish(memory.reading)
     except ChecksumMismatch as error:
-        if state.own or means.ranks is not None:  # what others have written, or an earlier run, is theirs
+        # What others have written, or an earlier run, is theirs; and what a store says of its own is no reason.
+        if guard is None or state.own or means.ranks is not None:
             raise
         output.abandon(job, to)
         raise ChecksumMismatch(f"{error}; nothing was written") from error
