@@ -15,6 +15,7 @@ import importlib
 import json
 import os
 import pkgutil
+import subprocess
 import sys
 import threading
 import time
@@ -42,6 +43,14 @@ PACKAGES = (
     "runai-model-streamer-s3",
 )
 MOST = 1 << 64
+
+_TOUCH = """
+import mmap, sys
+memory = mmap.mmap(-1, int(sys.argv[1]), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+memory.madvise(mmap.MADV_HUGEPAGE)
+for at in range(0, len(memory), 4096):
+    memory[at] = 1
+"""
 
 _view = ctypes.pythonapi.PyMemoryView_FromMemory
 _view.restype = ctypes.py_object
@@ -258,6 +267,16 @@ def peak() -> int:
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
 
 
+def back(gib: float) -> None:
+    """Touch and free memory in a child, right before the clock starts.
+
+    A virtual machine gives free pages back to its host after two seconds, which imports may take; getting them again
+    would be what is measured.
+    """
+    if gib:
+        subprocess.run([sys.executable, "-ISc", _TOUCH, str(int(gib * (1 << 30)))], check=True)
+
+
 def run(job: Job, contestant: Callable[[Job], Callable[[], Tensors]]) -> dict[str, Any]:
     """One run: seconds, bytes, and what the consumer saw."""
     call = contestant(job)
@@ -265,6 +284,7 @@ def run(job: Job, contestant: Callable[[Job], Callable[[], Tensors]]) -> dict[st
     idle.start()
     idle.join()
     digest("", b"x")
+    back(job["back"])
     before, modules = peak(), set(sys.modules)
     wall, cpu = time.monotonic(), time.process_time()
     if job["owned"]:

@@ -309,7 +309,7 @@ def compare(question: str, data: load.Data, args: argparse.Namespace, there: dic
                 measure.cold(*data.files)
             elif measure.cached(data.files) < 1:
                 measure.warm(*data.files)
-            measure.back(args.back)
+            contestants.back(args.back)
 
         rows = contest.take_turns(taking, args.runs, before, enough)
     gib, runs = data.seen["bytes"] / measure.GIB, max(len(row.walls) for row in rows)

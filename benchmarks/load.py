@@ -195,7 +195,6 @@ def compare(question: str, data: Data, args: argparse.Namespace) -> Contest:
     def before(row: Row) -> None:
         prepared = measure.cold if question == COLD_STREAM else measure.warm
         prepared(*data.read_by(loaders[row.name]))
-        measure.back(args.back)
 
     rows = contest.take_turns(taking, args.runs, before)
     found = Contest(question, data.seen["bytes"] / measure.GIB, args.runs, args.back, limit, rows)
@@ -213,6 +212,7 @@ def once(loader: Loader, data: Data, args: argparse.Namespace, limit: int) -> Sa
         "files": [str(path) for path in data.read_by(loader)],
         "verify": loader.verify,
         "limit": limit,
+        "back": args.back,
         "options": dict(loader.options),
         "largest": data.seen["largest"],
     }

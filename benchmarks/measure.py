@@ -24,6 +24,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import contestants
 import numpy as np
 
 HERE = Path(__file__).parent
@@ -58,12 +59,12 @@ def path(*places: Path) -> str:
     return os.pathsep.join([*map(str, places), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-def run(call: str, *args: Any, module: str = "", **kwargs: Any) -> Run:
+def run(call: str, *args: Any, module: str = "", back: float = 0, **kwargs: Any) -> Run:
     """An operation of shardtool, or a function of a ``module`` beside this one, in a process of its own.
 
-    The clocks start when everything that it needs is imported.
+    The clocks start when everything that it needs is imported, and ``back`` GiB of memory are present.
     """
-    job = {"operation": call, "module": module, "args": [str(a) for a in args], "kwargs": kwargs}
+    job = {"operation": call, "module": module, "args": [str(a) for a in args], "kwargs": kwargs, "back": back}
     variables = environ(PYTHONPATH=path(HERE.parent, HERE))
     child = subprocess.run(
         [sys.executable, HERE / "measure.py", json.dumps(job)],
@@ -87,20 +88,6 @@ def command(*words: Any) -> tuple[float, float]:
     if child.returncode:
         raise Failed(f"{words} ended with {child.returncode}")
     return wall, usage.ru_utime + usage.ru_stime
-
-
-def back(gib: float) -> None:
-    """Touch and free memory in a child.
-
-    A virtual machine may have given free pages back to its host, and getting them again would be what is measured.
-    """
-    if gib and not os.fork():
-        memory = mmap.mmap(-1, int(gib * GIB), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        memory.madvise(mmap.MADV_HUGEPAGE)
-        np.frombuffer(memory, np.uint8)[::4096] = 1
-        os._exit(0)
-    if gib:
-        os.wait()
 
 
 def files_of(*places: Path) -> list[Path]:
@@ -205,8 +192,6 @@ def _child(text: str) -> None:
     if job["module"]:
         call = getattr(importlib.import_module(job["module"]), operation)
     elif operation == "stream":
-        import contestants
-
         call = contestants.ours().stream
     else:
         import blake3  # noqa: F401
@@ -219,6 +204,7 @@ def _child(text: str) -> None:
     idle = threading.Thread(target=int)
     idle.start()
     idle.join()
+    contestants.back(job["back"])
     before, wall, cpu = peak_memory(), time.monotonic(), time.process_time()
     found = call(*args, **kwargs)
     if operation == "stream":

@@ -206,7 +206,6 @@ def compare(question: str, data: load.Data | None, args: argparse.Namespace, fol
     def before(row: Row) -> None:
         if data:
             measure.warm(data.folder)
-        measure.back(args.back)
 
     if data is None:
         for row, _ in taking:
@@ -247,6 +246,7 @@ def once(
         "size": parse_size(args.size, "--size"),
         "verify": client.verify,
         "limit": limit,
+        "back": args.back,
         "prove": prove,
     }
     if prove:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import contest
+import contestants
 import flags
 import measure
 import models
@@ -63,14 +64,15 @@ def compare(folder: Path, model: Path, args: argparse.Namespace) -> Contest:
         return Sample(wall + time.monotonic() - began, cpu + time.process_time() - used, over)
 
     def copied() -> Sample:
+        contestants.back(args.back)
         return synced(*measure.command(*plain, model, out))
 
     def scripted() -> Sample:
-        found = measure.run("reshard", model, out, module="peers", tp=tp)
+        found = measure.run("reshard", model, out, module="peers", back=args.back, tp=tp)
         return synced(found.wall, found.cpu, found.over)
 
     def ours(operation: str, source: Path, **options: Any) -> Sample:
-        found = measure.run(operation, source, out, memory_limit=limit, **options)
+        found = measure.run(operation, source, out, back=args.back, memory_limit=limit, **options)
         return Sample(found.wall, found.cpu, found.over)
 
     def entry(name: str, kind: str, source: Path, call: Callable[[], Sample]) -> Contestant:
@@ -97,7 +99,6 @@ def compare(folder: Path, model: Path, args: argparse.Namespace) -> Contest:
     def before(row: Row) -> None:
         shutil.rmtree(out, ignore_errors=True)
         measure.warm(sources[row.name])
-        measure.back(args.back)
 
     rows = contest.take_turns(chosen, args.runs, before)
     return Contest("writing", size, args.runs, args.back, limit, rows, COPY, limited=True)

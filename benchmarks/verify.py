@@ -60,11 +60,11 @@ def compare(kind: str, many: Path, one: Path, args: argparse.Namespace, warm: li
     size = sum(path.stat().st_size for path in many.glob("*.safetensors"))
 
     def bare(**options: Any) -> Sample:
-        found = measure.run("read", many, module="bare", **options)
+        found = measure.run("read", many, module="bare", back=args.back, **options)
         return Sample(found.wall, found.cpu, found.over)
 
     def ours(folder: Path) -> Sample:
-        found = measure.run("verify", folder, memory_limit=limit)
+        found = measure.run("verify", folder, back=args.back, memory_limit=limit)
         if not found.value:
             raise SystemExit(f"verify finds {folder} damaged")
         return Sample(found.wall, found.cpu, found.over)
@@ -86,7 +86,6 @@ def compare(kind: str, many: Path, one: Path, args: argparse.Namespace, warm: li
     def before(row: Row) -> None:
         place = one if row.name.endswith("1 file") else many
         (measure.cold if kind == "cold" else measure.warm)(place)
-        measure.back(args.back)
 
     rows = contest.take_turns(contestants, args.runs, before)
     found = Contest(f"verify, {kind}", size / measure.GIB, args.runs, args.back, limit, rows, LOOP, limited=True)
