@@ -200,7 +200,7 @@ def _signed(table: Mapping[str, Any]) -> bytes:
 
 
 def _is_signed(data: bytes, table: Mapping[str, Any]) -> bool:
-    """Whether these bytes are what ``_signed`` makes of a table: its lines are parts of the canonical form as they are."""
+    """Whether these bytes are what ``_signed`` makes of a table: their lines are parts of the canonical form."""
     if not (data.startswith(b"{\n") and data.endswith(b"\n}\n")):
         return False
     lines = [line.partition(b": ") for line in data[2:-3].split(b",\n")]

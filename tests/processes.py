@@ -138,7 +138,7 @@ class _Watch:
             with self._lock:
                 self.changes += 1
                 self._at("change", self.changes)
-        elif event == "http.client.send":
+        elif event in ("http.client.send", "shardtool.request"):  # botocore's, and ours
             with self._lock:
                 self.requests += 1
                 self._at("request", self.requests)

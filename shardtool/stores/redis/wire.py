@@ -141,7 +141,7 @@ class Wire:
         self.heard = False
         self._link = link
         self._room = 0  # bytes that the reply may still take
-        self._input = link.makefile("rb")
+        self._input = link.file()
 
     def send(self, *arguments: Buffer | tuple[Buffer, ...]) -> None:
         """Send a command. A server that breaks off may have said why, which is a ``Refusal``."""

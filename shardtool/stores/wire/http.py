@@ -1,4 +1,4 @@
-"""HTTP for every store: one room through which all requests and bodies go, on ``http.client`` alone.
+"""HTTP for every store: one room through which all requests and bodies go, written for ranges of many megabytes.
 
 ::
 
@@ -16,9 +16,9 @@ closed meanwhile. A URL may bear a signature, so messages say ``where`` instead,
 
 from __future__ import annotations
 
-import http.client
 import os
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -34,7 +34,9 @@ from shardtool import __version__
 from shardtool.errors import FormatError, StoreError, Unavailable, UsageError
 from shardtool.stores.address import shown
 from shardtool.stores.base import Buffer, octets
+from shardtool.stores.wire import message
 from shardtool.stores.wire.link import Link, Pace, Proxy, connect, reason, unreached
+from shardtool.stores.wire.message import Chunks, Garbled, Head
 from shardtool.stores.wire.retry import Lane, Lanes
 from shardtool.stores.wire.tls import HELD
 
@@ -183,12 +185,12 @@ class Wire(AbstractContextManager["Wire"]):
                     )
                 except BaseException as error:
                     link.shut()
-                    if isinstance(error, ValueError | http.client.InvalidURL):  # its text may have what is signed
+                    if isinstance(error, ValueError):  # its text may have what is signed
                         raise UsageError(
                             f"{where} cannot be asked for: its address or what proves who we are has a character that"
                             " HTTP does not allow, such as a space or the end of a line; correct it"
                         ) from None
-                    if not isinstance(error, OSError | http.client.HTTPException):
+                    if not isinstance(error, OSError | Garbled):
                         raise
                     if link.reused and request.method in ("GET", "HEAD") and not isinstance(error, TimeoutError):
                         continue
@@ -211,7 +213,7 @@ class Wire(AbstractContextManager["Wire"]):
             if proxy and not tls:
                 return connect(proxy.host, proxy.port, self.pace, where=where)
             return connect(host, port, self.pace, where=where, tls=tls, tunnel=proxy, sending=sending)
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, Garbled) as error:
             raise unreached(where, host, port, error, proxy=proxy) from error
 
     def _taken(self, server: tuple[str, str, int], sending: bool) -> Link | None:
@@ -252,24 +254,24 @@ class Reply(AbstractContextManager["Reply"]):
         server: tuple[str, str, int],
         holding: AbstractContextManager[Lane],
         lane: Lane,
-        response: http.client.HTTPResponse,
+        head: Head,
         request: Request,
         where: str,
     ) -> None:
-        self.status = response.status
-        self.headers: dict[str, str] = {name.lower(): value for name, value in response.getheaders()}
+        self.status = head.status
+        self.headers = head.headers
         self.url = request.url
-        self.length: int | None = response.length
+        self.length = head.length
         self._wire = wire
         self._link = link
         self._server = server
         self._holding = holding
         self._lane = lane
-        self._response = response
+        self._closes = head.closes
+        self._chunks = Chunks(link) if head.chunked else None
         self._where = where
         self._method = request.method
-        self._left = -1 if response.chunked else response.length
-        self._direct = False
+        self._left = head.length
         self._open = True
         if self._left == 0:
             self._expect_end()
@@ -283,15 +285,15 @@ class Reply(AbstractContextManager["Reply"]):
             return 0
         try:
             count = self._next(view)
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (OSError, Garbled, ValueError) as error:
             raise unavailable(error, self._where) from error
-        if count == 0 and self._left is not None and self._left > 0:
+        if count == 0 and self._left:
             raise Unavailable(f"the connection to the server of {self._where} ended early: try again")
         return count
 
     def read(self, limit: int) -> bytes:
         """What is left of the body. Of more than ``limit`` bytes an error is cut, and all else is a ``FormatError``."""
-        data, got = bytearray(min(limit, self._left if self._left is not None and self._left >= 0 else 65536) + 1), 0
+        data, got = bytearray(min(limit, 65536 if self._left is None else self._left) + 1), 0
         while count := self.readinto(memoryview(data)[got:]):
             got += count
             if got > limit:
@@ -308,11 +310,9 @@ class Reply(AbstractContextManager["Reply"]):
             return
         self._open = False
         whole = self._left == 0
-        will_close = self._response.will_close
-        self._response.close()
         self._lane.ended(self.status)
         self._holding.__exit__(None, None, None)
-        if whole and not will_close and self._link.clean:
+        if whole and not self._closes and self._link.clean:
             self._wire._give_back(self._server, self._link)
         else:
             self._link.shut()
@@ -326,22 +326,12 @@ class Reply(AbstractContextManager["Reply"]):
         self.close()
 
     def _next(self, view: memoryview) -> int:
-        if self._left is None or self._left < 0:
-            count = self._response.readinto(view[:_CHUNKED])
-            if not count and self._left == -1:
+        if self._left is None:
+            count = (self._chunks or self._link).receive(view[:_CHUNKED])
+            if not count:
                 self._left = 0
             return count
-        if len(view) > self._left:
-            view = view[: self._left]
-        if self._direct:
-            count = self._link.receive(view)
-        else:
-            # What came with the head lies in a buffer. Once that is empty, nothing stands between the socket and us.
-            buffered = self._response.fp.peek()
-            self._direct = len(buffered) <= len(view)
-            count = len(view[: len(buffered)])
-            view[:count] = buffered[:count]
-            self._response.fp.read(count)
+        count = self._link.receive(view[: self._left])
         self._left -= count
         if not self._left:
             self._expect_end()
@@ -349,13 +339,10 @@ class Reply(AbstractContextManager["Reply"]):
 
     def _expect_end(self) -> None:
         """Nobody has asked for what follows a body: its length was wrong, and then so is the body."""
-        self._link.patient = False
-        more = self._response.fp.peek()
-        self._link.patient = True
-        if more:
+        if self._link.says_more():
             self._link.clean = False
             if self.status < 300 and self._method != "HEAD":
-                raise http.client.HTTPException("it sends more than it says")
+                raise Garbled("it sends more than it says")
 
 
 def whole_number(text: str) -> int | None:
@@ -370,9 +357,7 @@ def unavailable(error: BaseException, where: str) -> Unavailable:
     return Unavailable(f"the connection to the server of {where} broke ({reason(error)}): try again")
 
 
-def _asked(
-    wire: Wire, link: Link, request: Request, body: memoryview, where: str, within: float | None
-) -> http.client.HTTPResponse:
+def _asked(wire: Wire, link: Link, request: Request, body: memoryview, where: str, within: float | None) -> Head:
     """Send a request over a connection and read the head of the answer."""
     parts = urlsplit(request.url)
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
@@ -389,14 +374,10 @@ def _asked(
         target = f"http://{parts.netloc.rpartition('@')[2]}{target}"
         if proxy.credentials:
             headers["Proxy-Authorization"] = proxy.credentials
-    asking = http.client.HTTPConnection(server[1], server[2])
-    asking.auto_open = 0
-    asking.sock = link
+    head = message.request(request.method, target, headers)
+    sys.audit("shardtool.request", request.method)
     link.expect()
-    asking.putrequest(request.method, target, skip_host=True, skip_accept_encoding=True)
-    for name, value in headers.items():
-        asking.putheader(name, value)
-    asking.endheaders()
+    link.sendall(head)
     whole = True
     if body:
         try:
@@ -404,13 +385,11 @@ def _asked(
         except (BrokenPipeError, ConnectionResetError):
             whole = False  # it may have said why
     link.expect(wire.pace.silence if within is None else within)
-    response = asking.getresponse()
-    if link.ended:
-        raise ConnectionResetError("it ended in the head of the answer")
+    answer = message.answer(link, request.method)
     if within is None:
         link.expect()
     link.clean = whole
-    return response
+    return answer
 
 
 def _redirected(request: Request, location: str, where: str) -> Request:

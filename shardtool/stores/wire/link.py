@@ -6,8 +6,7 @@
     Link    ── receive, send    never silent for longer than ``silence``, never slower than ``floor``, never past a
                                 deadline: all three are a ``TimeoutError``
 
-``http.client`` takes a ``Link`` for its socket. It closes sockets before bodies are read; a ``Link`` is closed by
-``shut`` alone, so that whoever lent it decides.
+Bytes that came before they were asked for, such as those behind a head, are kept, and are the first of the next.
 
 ``unreached`` is what every store says where no connection comes about, whichever library has tried to make it.
 """
@@ -15,7 +14,6 @@
 from __future__ import annotations
 
 import errno
-import http.client
 import io
 import math
 import re
@@ -30,6 +28,7 @@ from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
 
 from shardtool.errors import AccessDenied, StoreError, Unavailable, UsageError
+from shardtool.stores.wire import message
 from shardtool.stores.wire.tls import Secure
 
 _SENT = 1 << 20  # offered to the kernel at once, so that an early answer is noticed
@@ -86,8 +85,6 @@ class Link:
         self.reused = False
         self.quiet_since = 0.0
         self.clean = True
-        self.ended = False
-        self.patient = True
         self._socket = connected
         self._pace = pace
         self._ahead = bytearray()
@@ -109,10 +106,26 @@ class Link:
             view[:count] = self._ahead[:count]
             del self._ahead[:count]
             return count
+        return self._more(view)
+
+    def line(self, most: int) -> bytes:
+        """Up to the end of a line, or ``most`` bytes, or what there is where the server has closed the connection."""
+        searched, end = 0, 0
+        while not (end := self._ahead.find(b"\n", searched) + 1) and len(self._ahead) < most:
+            searched = len(self._ahead)
+            room = bytearray(_AHEAD)
+            count = self._more(memoryview(room))
+            if not count:
+                break
+            self._ahead += room[:count]
+        line = bytes(self._ahead[: min(end or most, most)])
+        del self._ahead[: len(line)]
+        return line
+
+    def _more(self, view: memoryview) -> int:
         before = time.monotonic()
         self._wait_at_most(before)
         count = self._received(view)
-        self.ended = not count
         self._moved += count
         self._count(time.monotonic() - before)
         return count
@@ -147,6 +160,13 @@ class Link:
             return bool(self._ahead) or self._socket.pending() > 0
         return bool(self._ahead) or self.stale()
 
+    def says_more(self) -> bool:
+        """Whether there is a byte that nobody has asked for, as far as can be told at once."""
+        if not self._ahead and self.ready():
+            room = bytearray(1)
+            self._ahead += room[: self.receive(memoryview(room))]
+        return bool(self._ahead)
+
     def stale(self) -> bool:
         """Whether an idle connection has been closed by the server, or says what nobody has asked for."""
         if isinstance(self._socket, Secure) and self._socket.pending:
@@ -159,20 +179,14 @@ class Link:
         """Close the connection."""
         self._socket.close()
 
-    # what http.client wants of a socket
-
-    def makefile(self, mode: str) -> io.BufferedReader:
+    def file(self) -> io.BufferedReader:
         """The received bytes as a file."""
-        assert mode == "rb"
         return io.BufferedReader(_Received(self))
 
     def sendall(self, data: bytes | bytearray | memoryview) -> None:
         """Send all of it, such as the head of a request."""
         self._wait_at_most(time.monotonic())
         self._socket.sendall(data)
-
-    def close(self) -> None:
-        """Nothing: see ``shut``."""
 
     def _wait_at_most(self, now: float) -> None:
         left = self._pace.silence if self._deadline == math.inf else self._deadline - now
@@ -240,9 +254,7 @@ class _Received(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: memoryview) -> int | None:  # type: ignore[override]
-        if not self._link.patient and not self._link.ready():
-            return None
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         return self._link.receive(memoryview(buffer))
 
 
@@ -336,22 +348,15 @@ def _through(connected: socket.socket, proxy: Proxy, host: str, port: int, pace:
     link = Link(connected, pace)
     link.expect(pace.connect + pace.silence)
     server = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    asked = http.client.HTTPConnection(proxy.host, proxy.port)
-    asked.auto_open = 0
-    asked.sock = link
-    asked.putrequest("CONNECT", server, skip_host=True, skip_accept_encoding=True)
-    asked.putheader("Host", server)
-    if proxy.credentials:
-        asked.putheader("Proxy-Authorization", proxy.credentials)
-    asked.endheaders()
-    response = asked.getresponse()
-    said = f"the proxy {proxy.host}:{proxy.port} says {response.status} to a connection for {where}"
-    response.close()
-    if response.status in (401, 403, 407):
+    headers = {"Host": server, **({"Proxy-Authorization": proxy.credentials} if proxy.credentials else {})}
+    link.sendall(message.request("CONNECT", server, headers))
+    status = message.answer(link, "CONNECT").status
+    said = f"the proxy {proxy.host}:{proxy.port} says {status} to a connection for {where}"
+    if status in (401, 403, 407):
         raise AccessDenied(f"{said}: check its user and password in HTTPS_PROXY, and whether it allows this server")
-    if response.status >= 500:
+    if status >= 500:
         raise Unavailable(f"{said}: try again")
-    if not 200 <= response.status < 300:
+    if not 200 <= status < 300:
         raise StoreError(f"{said}: check HTTPS_PROXY")
 
 

@@ -249,6 +249,23 @@ def test_keys_that_are_rotated_in_mid_run(
             store.get("a", limit=len(data))
 
 
+@pytest.mark.parametrize("server", ["ceph_server", "moto_iam"])
+def test_one_signature_serves_for_all_ranges_of_an_object(opened: Callable[..., S3Store], server: str) -> None:
+    """Servers that verify each one take it again and again: what range it is, is not signed."""
+    store, data = opened(server), content(MIB)
+    for key in ("a", "b"):
+        write(store, key, data)
+    asked = [
+        store._client.request("GetObject", f"folder/{key}", Range=f"bytes={n}-{n + 9}") for key in "ab" for n in (0, 5)
+    ]
+    assert len({request.headers["Authorization"] for request in asked}) == 2, "one for each object"
+    assert [request.headers["Range"] for request in asked[:2]] == ["bytes=0-9", "bytes=5-14"]
+    for request in asked:
+        first = int(request.headers["Range"].removeprefix("bytes=").partition("-")[0])
+        with store._client.wire.open(request, where="it") as reply:
+            assert reply.read(100) == data[first : first + 10]
+
+
 def test_what_is_signed_in_another_way_is_signed_by_botocore(opened: Callable[..., S3Store]) -> None:
     """As for buckets whose requests are not signed with SigV4; here it is the older SigV2, which Ceph checks."""
     store, data = opened("ceph_server"), content(20 * MIB)
