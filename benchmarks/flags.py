@@ -19,7 +19,7 @@ def parser(
     made.add_argument("--size", default="256MiB", help=size)
     made.add_argument("--runs", type=int, default=3)
     made.add_argument("--limit", default=limit, help=limited)
-    made.add_argument("--back", type=float, default=0, help="GiB of memory to make present before each run")
+    made.add_argument("--back", type=float, default=0, help="GiB of memory to make present before each clock starts")
     made.add_argument("--dir", help="where to work; needs three times the size")
     made.add_argument("--json", type=Path, metavar="FILE", help="write what was measured there, too")
     return made

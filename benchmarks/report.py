@@ -49,8 +49,8 @@ medians, *least* is the smallest. Imports are outside the clock; opening files, 
 CPU seconds are those of all threads, the kernel's on their behalf included. *Over the imports* is the highest peak of
 resident memory (VmHWM) less that right after the imports; *does not bind* stands where that stayed below three quarters
 of the limit. *Of the ceiling* is the rate as a share of what can hardly be passed, which the lines below the table
-name. The host of a virtual machine takes free memory back, and getting it again would be what is measured;
-where a line says so, memory was made present before each run.
+name. The host of a virtual machine takes free memory back within seconds, and getting it again would be what is
+measured; where a line says so, memory was made present right before the clock started.
 """
 
 

@@ -203,25 +203,27 @@ def open_checkpoint(uri: Address, *, shard_pattern: str | None = None) -> Checkp
 
 
 def single_file(uri: Address) -> tuple[str, str] | None:
-    """Folder and name, if the URI names one file of tensors and not a folder that is called like one.
-
-    What follows the question mark of a web address, such as its signature, goes with the folder.
-    """
+    """Folder and name, if the URI names one file of tensors and not a folder that is called like one."""
     if isinstance(uri, Store):
         return None
-    text, query = os.fspath(uri), ""
+    text = os.fspath(uri)
     scheme = scheme_of(text) if isinstance(uri, str) else None
-    if scheme in ("http", "https"):
-        text, mark, rest = text.partition("?")
-        query = mark + rest
-    if not text.endswith(KINDS) or os.path.isdir(text):
+    folder, name = parted(text, scheme)
+    if not name.endswith(KINDS) or os.path.isdir(text):
         return None
-    folder, _, name = text.rpartition("/")
-    if scheme is not None and "://" not in folder:  # it is a host's name
+    if scheme is not None and "://" not in folder.partition("?")[0]:  # it is a host's name
         return None
+    return folder, name
+
+
+def parted(path: str, scheme: str | None) -> tuple[str, str]:
+    """Folder and name of a file. What follows the question mark of a web address, such as its signature, goes along."""
     if scheme in ("http", "https"):
-        return folder + query, unquote(name, errors="surrogateescape")
-    return folder or ("/" if text.startswith("/") else "."), name
+        path, mark, query = path.partition("?")
+        folder, _, name = path.rpartition("/")
+        return folder + mark + query, unquote(name, errors="surrogateescape")
+    folder, _, name = path.rpartition("/")
+    return folder or ("/" if path.startswith("/") else "."), name
 
 
 def with_headers(checkpoint: Checkpoint, ranks: Iterable[int] | None = None) -> Checkpoint:

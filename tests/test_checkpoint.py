@@ -35,7 +35,7 @@ from tests.builders import (
     tensors,
 )
 from tests.oracle import expected
-from tests.servers.web import Scripted, Visit, reply
+from tests.servers.web import signed
 
 CONFIG = config(num_hidden_layers=1)
 HELD = tensors(CONFIG)
@@ -140,6 +140,7 @@ def test_a_single_file_of_the_current_folder_is_a_checkpoint(folder: Path, monke
         ("https://host/x.safetensors/?s", None),
         ("https://host.bin", None),
         ("https://host.bin?s=/x.bin", None),
+        ("https://host.bin?s=https://host/x.bin", None),
         ("s3://bucket/x.safetensors", ("s3://bucket", "x.safetensors")),
         ("s3://bucket/what?.safetensors", ("s3://bucket", "what?.safetensors")),
         ("x?.bin", (".", "x?.bin")),
@@ -149,23 +150,6 @@ def test_a_single_file_of_the_current_folder_is_a_checkpoint(folder: Path, monke
 )
 def test_the_path_of_an_address_says_whether_it_is_of_one_file(address: Any, expected: tuple[str, str] | None):
     assert single_file(address) == expected
-
-
-def signed(files: Files, query: str) -> Scripted:
-    """A server that gives to GET requests with a query what the paths of some files say, and denies all else."""
-
-    def say(visit: Visit) -> None:
-        method, target, _ = visit.line.split(" ")
-        path, _, given = target.partition("?")
-        data = files.get(unquote(path).removeprefix("/"))
-        if method != "GET" or given != query or data is None:
-            visit.say(reply(403))
-        else:
-            first, last = map(int, visit.headers["range"].removeprefix("bytes=").split("-"))
-            part = data[first : last + 1]
-            visit.say(reply(206, part, Content_Range=f"bytes {first}-{first + len(part) - 1}/{len(data)}", ETag='"1"'))
-
-    return Scripted(say)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "my%20model.safetensors"])

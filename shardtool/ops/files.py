@@ -23,12 +23,13 @@ from numpy.typing import NDArray
 
 from shardtool import digest, manifest
 from shardtool.budget import PAGE, limit_of
-from shardtool.checkpoint import Checkpoint, WeightFile, read_header
+from shardtool.checkpoint import Checkpoint, WeightFile, parted, read_header
 from shardtool.errors import AccessDenied, FormatError, NotFound, StoreError, TensorMismatch, UsageError
 from shardtool.manifest import FileRecord
 from shardtool.ops.limits import reading
 from shardtool.segments import Item
 from shardtool.stores import open_store
+from shardtool.stores.address import scheme_of
 from shardtool.stores.base import Object, Store, Writer, check_key
 
 BLOCK = digest.CHUNK
@@ -114,8 +115,7 @@ def gathered(paths: Sequence[str], opener: Callable[[str], Store] = open_store) 
     places: dict[str, tuple[Store, str]] = {}
     try:
         for i, path in enumerate(paths):
-            folder, _, name = path.rpartition("/")
-            folder = folder or ("/" if path.startswith("/") else ".")
+            folder, name = parted(path, scheme_of(path))
             if folder not in stores:
                 stores[folder] = opener(folder)
             places[f"{i}/{check_key(name)}"] = (stores[folder], name)

@@ -28,6 +28,7 @@ from shardtool.stores.counting import CountingStore
 from shardtool.stores.memory import MemoryStore
 from tests.builders import Files as Contents
 from tests.builders import config, contents, flipped, model, places, put, random, safetensors, tensors
+from tests.servers.web import signed
 
 A = {"x": random((4, 3), "F32"), "y": random((5,), "BF16", 1)}
 B = {"x": random((2, 2), "F32", 2), "z": random((7,), "F16", 3)}
@@ -143,6 +144,15 @@ def test_a_folder_is_opened_once_and_closed_whatever_happens(tmp_path):
         with pytest.raises(error):
             open_files([*paths, f"{tmp_path}/{path}"], lambda folder: Noting(open_store(folder)))
         assert closed == [str(tmp_path)]
+
+
+def test_signed_addresses_of_files_keep_their_signatures():
+    """Each is good for its own file alone."""
+    query = "X-Amz-Signature=a/b"
+    with signed({"one/a b.safetensors": safetensors(A), "two/b.safetensors": safetensors(B)}, query) as server:
+        found = open_files([f"{server.url}/{path}?{query}" for path in ("one/a%20b.safetensors", "two/b.safetensors")])
+        with found.checkpoint.store:
+            assert [[item.name for item in of] for of in found.items] == [["x", "y"], ["x", "z"]]
 
 
 def test_files_that_are_read_are_not_changed(tmp_path):

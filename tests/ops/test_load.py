@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 import shardtool
 from benchmarks import models
 from shardtool import stores
+from shardtool.budget import PAGE
 from shardtool.errors import (
     BudgetTooSmall,
     ChecksumMismatch,
@@ -31,6 +32,8 @@ from shardtool.errors import (
     UsageError,
 )
 from shardtool.ops.measure import measure
+from shardtool.ops.rank import items, opened
+from shardtool.ops.stream import Given, means_for
 from shardtool.stores.memory import MemoryStore
 from shardtool.units import parse_size
 from tests.builders import (
@@ -607,6 +610,16 @@ def test_a_parameter_of_any_strides_is_filled(shards: str, limit: Any):
     target["lm_head.weight"] = torch.zeros(64, 64, dtype=torch.bfloat16)[:, ::2]
     shardtool.load_into(target, shards, rank=0, memory_limit=limit)
     assert raws(target) == expected(HELD, CONFIG, 2)[0]
+
+
+def test_buffers_are_no_larger_than_what_goes_through_them(shards: str):
+    """A device has them registered, which takes time for each page."""
+    checkpoint = opened(shards, 0, None)
+    with checkpoint.store:
+        found = items(checkpoint, 0, verify=True)
+        means = means_for(checkpoint, found, Given(blank()), None, None)
+    total = sum(item.entry.nbytes for item in found)
+    assert total <= means.arena.size <= total + (len(found) + 1) * PAGE
 
 
 @pytest.mark.parametrize(

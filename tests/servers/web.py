@@ -10,10 +10,11 @@ import ssl
 import struct
 import threading
 from base64 import b64decode
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
@@ -219,6 +220,23 @@ def _head(connection: socket.socket, waiting: bytes) -> tuple[bytes, bytes]:
         waiting += more
     head, _, rest = waiting.partition(b"\r\n\r\n")
     return head, rest
+
+
+def signed(files: Mapping[str, bytes], query: str) -> Scripted:
+    """A server that gives to GET requests with a query what the paths of some files say, and denies all else."""
+
+    def say(visit: Visit) -> None:
+        method, target, _ = visit.line.split(" ")
+        path, _, given = target.partition("?")
+        data = files.get(unquote(path).removeprefix("/"))
+        if method != "GET" or given != query or data is None:
+            visit.say(reply(403))
+        else:
+            first, last = map(int, visit.headers["range"].removeprefix("bytes=").split("-"))
+            part = data[first : last + 1]
+            visit.say(reply(206, part, Content_Range=f"bytes {first}-{first + len(part) - 1}/{len(data)}", ETag='"1"'))
+
+    return Scripted(say)
 
 
 # A proxy.
