@@ -284,7 +284,7 @@ def run(job: Job, contestant: Callable[[Job], Callable[[], Tensors]]) -> dict[st
     idle.start()
     idle.join()
     digest("", b"x")
-    back(job["back"])
+    back(job.get("back", 0))
     before, modules = peak(), set(sys.modules)
     wall, cpu = time.monotonic(), time.process_time()
     if job["owned"]:

@@ -217,7 +217,7 @@ def single_file(uri: Address) -> tuple[str, str] | None:
 
 
 def parted(path: str, scheme: str | None) -> tuple[str, str]:
-    """Folder and name of a file. What follows the question mark of a web address, such as its signature, goes along."""
+    """Folder and name of a file. What follows a web address's question mark (a signature) goes with the folder."""
     if scheme in ("http", "https"):
         path, mark, query = path.partition("?")
         folder, _, name = path.rpartition("/")

@@ -162,6 +162,8 @@ def _says_all(words: str, table: dict[str, Any]) -> bool:
 def _refuse_duplicates(words: str, where: str) -> None:
     try:
         json.loads(words, object_pairs_hook=_no_duplicates)
+    except RecursionError as error:
+        raise FormatError(f"{where} is damaged: its header is not JSON ({str(error)[:80]})") from None
     except _Duplicate as error:
         raise FormatError(f"{where} is damaged: its header names {str(error)!r} twice") from None
 

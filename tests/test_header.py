@@ -161,6 +161,10 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "a byte order mark": (hostile(b"\xef\xbb\xbf{}", 0), "not JSON"),
     "two documents": (hostile(b"{}{}", 0), "not JSON"),
     "deep nesting": (hostile(b'{"t":' + b"[" * 200_000 + b"]" * 200_000 + b"}"), "not JSON"),
+    **{
+        f"{depth} tables inside each other": (hostile(b'{"a":' * depth + b"1" + b"}" * depth), "damaged")
+        for depth in (5, 900, *range(960, 1010))
+    },
     "a number of many digits": (hostile(b'{"t":' + b"1" * 10_000 + b"}"), "not JSON"),
     "a list": (hostile([]), "not a table"),
     "a number": (hostile(7), "not a table"),

@@ -160,7 +160,8 @@ def means_for(
         threads -= 1
     limit -= store.reading(threads)
     if staged:
-        size = max(least - LEAST // 2, min(limit // 2, RING, sum(item.entry.nbytes + PAGE for item in staged)))
+        most = RING if turned else min(RING, sum(item.entry.nbytes + PAGE for item in staged))
+        size = max(least - LEAST // 2, min(limit // 2, most))
     elif turned:
         size = max(schedule.FLOOR + schedule.ALIGN, min(limit // 2, SCRATCH))
     else:

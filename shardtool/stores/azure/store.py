@@ -35,7 +35,8 @@ from shardtool.stores.azure.account import Address, account_of
 from shardtool.stores.azure.errors import MISSING, Dropped, code_of, translated
 from shardtool.stores.azure.lists import Blob, Blocks, blobs_of, block_list, block_name, blocks_of
 from shardtool.stores.base import Buffer, CheckedWriter, Object, Store, Unfinished, check_key, is_key, target
-from shardtool.stores.wire.http import Answer, Request, Wire, whole_number
+from shardtool.stores.wire.http import Answer, Request, Wire
+from shardtool.stores.wire.message import whole_number
 from shardtool.stores.wire.pages import Pages
 from shardtool.stores.wire.pins import Pins
 from shardtool.stores.wire.ranged import Remote, fill

@@ -3,7 +3,7 @@
 ::
 
     api                    boto3's client: lists, heads, deletes, begins and ends uploads
-    request(GetObject ..)  a request for the wire, signed now with the credentials of now
+    request(GetObject ..)  a request for the wire, signed with the credentials of now
       ├── where            what boto3 would have asked, learned once for each key without sending anything
       └── signature        botocore's SigV4 with the region and service that were learned; where botocore signs in other
                            ways (SigV2, S3 Express, many regions), it makes and signs each request itself
@@ -203,13 +203,13 @@ class Client:
 
         To sign takes a tenth of a millisecond, and a server takes a signature for a quarter of an hour.
         """
-        now, credentials = time.monotonic(), self.credentials()
+        now, of = time.time(), (self.credentials(), address, payload)  # it says the time; that it is old shows there
         made, by, headers = self._signatures.get(url, (0.0, None, {}))
-        if not headers or now - made > _A_WHILE or by != credentials:
+        if by != of or abs(now - made) > _A_WHILE:
             headers = self._signed("GET", url, {"Host": urlsplit(url).netloc}, address, payload)
             if len(self._signatures) >= _MOST_SIGNATURES:
                 self._signatures.clear()
-            self._signatures[url] = now, credentials, headers
+            self._signatures[url] = now, of, headers
         return headers
 
     def _signed(

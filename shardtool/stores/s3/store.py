@@ -434,7 +434,7 @@ class _Asking:
         self._renewed = False
 
     def request(self, payload: str = NOTHING, **given: str | int) -> Any:
-        """The request, signed now."""
+        """The request, signed by the credentials of now."""
 
         def made(_: Any) -> Any:
             self._seen = self._client.credentials()

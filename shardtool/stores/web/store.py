@@ -27,7 +27,8 @@ from shardtool.stores import accounts
 from shardtool.stores.address import shown
 from shardtool.stores.base import CheckedWriter, Object, Store, check_key, is_key, target
 from shardtool.stores.web import autoindex
-from shardtool.stores.wire.http import Answer, Request, Wire, whole_number
+from shardtool.stores.wire.http import Answer, Request, Wire
+from shardtool.stores.wire.message import whole_number
 from shardtool.stores.wire.ranged import Remote, fill, passing
 from shardtool.stores.wire.retry import Again
 

@@ -41,7 +41,7 @@ from shardtool.stores.wire.retry import Lane, Lanes
 from shardtool.stores.wire.tls import HELD
 
 _PORTS = {"http": 80, "https": 443}
-_CHUNKED = 1 << 20  # bytes taken at once of a body without a length: what came of them is lost with the connection
+_CHUNKED = 1 << 20  # bytes taken at once of a body without a length
 _IDLE = 20.0  # seconds after which a connection is rather made anew than used again
 _ELSEWHERE = frozenset(
     {"accept", "accept-encoding", "if-match", "if-none-match", "if-range", "if-unmodified-since", "range", "user-agent"}
@@ -186,10 +186,7 @@ class Wire(AbstractContextManager["Wire"]):
                 except BaseException as error:
                     link.shut()
                     if isinstance(error, ValueError):  # its text may have what is signed
-                        raise UsageError(
-                            f"{where} cannot be asked for: its address or what proves who we are has a character that"
-                            " HTTP does not allow, such as a space or the end of a line; correct it"
-                        ) from None
+                        raise _unaskable(where) from None
                     if not isinstance(error, OSError | Garbled):
                         raise
                     if link.reused and request.method in ("GET", "HEAD") and not isinstance(error, TimeoutError):
@@ -215,6 +212,8 @@ class Wire(AbstractContextManager["Wire"]):
             return connect(host, port, self.pace, where=where, tls=tls, tunnel=proxy, sending=sending)
         except (OSError, Garbled) as error:
             raise unreached(where, host, port, error, proxy=proxy) from error
+        except ValueError:
+            raise _unaskable(where) from None
 
     def _taken(self, server: tuple[str, str, int], sending: bool) -> Link | None:
         with self._lock:
@@ -330,6 +329,8 @@ class Reply(AbstractContextManager["Reply"]):
             count = (self._chunks or self._link).receive(view[:_CHUNKED])
             if not count:
                 self._left = 0
+                if self._chunks:
+                    self._expect_end()
             return count
         count = self._link.receive(view[: self._left])
         self._left -= count
@@ -345,9 +346,11 @@ class Reply(AbstractContextManager["Reply"]):
                 raise Garbled("it sends more than it says")
 
 
-def whole_number(text: str) -> int | None:
-    """The number that a header says, or None if that is none: other digits than ours, or too many."""
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
+def _unaskable(where: str) -> UsageError:
+    return UsageError(
+        f"{where} cannot be asked for: its address or what proves who we are has a character that HTTP does not allow,"
+        " such as a space or the end of a line; correct it"
+    )
 
 
 def unavailable(error: BaseException, where: str) -> Unavailable:

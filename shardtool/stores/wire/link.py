@@ -162,15 +162,16 @@ class Link:
 
     def says_more(self) -> bool:
         """Whether there is a byte that nobody has asked for, as far as can be told at once."""
-        if not self._ahead and self.ready():
+        if not self._ahead and self.ready() and not self._ahead:
             room = bytearray(1)
             self._ahead += room[: self.receive(memoryview(room))]
         return bool(self._ahead)
 
     def stale(self) -> bool:
         """Whether an idle connection has been closed by the server, or says what nobody has asked for."""
-        if isinstance(self._socket, Secure) and self._socket.pending:
+        if self._ahead or (isinstance(self._socket, Secure) and self._socket.pending):
             return True
+        self._gather(1)  # a poll tells of no less than what is gathered
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         return bool(poll.poll(0))
@@ -197,8 +198,7 @@ class Link:
             self._timeout = left
 
     def _received(self, view: memoryview) -> int:
-        if type(self._socket) is socket.socket and sys.platform == "linux":
-            self._gather(min(_GATHERED, len(view)) if len(view) > _GATHERED // 8 else 1)
+        self._gather(min(_GATHERED, len(view)) if len(view) > _GATHERED // 8 else 1)
         try:
             return self._socket.recv_into(view)
         except TimeoutError:
@@ -213,7 +213,7 @@ class Link:
 
     def _gather(self, count: int) -> None:
         """Let the kernel wake us when so many bytes have come, or the connection has ended."""
-        if count != self._gathered and not isinstance(self._socket, Secure):
+        if count != self._gathered and type(self._socket) is socket.socket and sys.platform == "linux":
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count)
             self._gathered = count
 

@@ -15,6 +15,8 @@ MOST_OF_A_LINE = 64 << 10
 MOST_LINES = 100
 """Headers that an answer may have, trailers, and answers that only say that one will come."""
 
+_SPACES = " \t\r\n"
+_ENDS = ("content-length", "transfer-encoding")
 _TARGET = re.compile(r"[!-~]+")
 _NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _VALUE = re.compile(r"[^\0\r\n]*")
@@ -76,44 +78,50 @@ def answer(source: Source, method: str) -> Head:
     raise Garbled("it says again and again that it goes on, and never answers")
 
 
+def whole_number(text: str) -> int | None:
+    """The number that a header says, or None if that is none: other digits than ours, or too many."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
+
+
 def _head(method: str, status: int, headers: dict[str, str], *, old: bool) -> Head:
     chunked = headers.get("transfer-encoding", "").lower() == "chunked"
-    said = headers.get("content-length", "")
-    length = int(said) if said.isascii() and said.isdigit() and len(said) < 20 else None
+    length = whole_number(headers.get("content-length", ""))
     if method == "HEAD" or status in (101, 204, 304):
         chunked, length = False, 0
     if chunked:
         length = None
     kept = headers.get("connection", "").lower()
     closes = "keep-alive" not in kept if old else "close" in kept
-    return Head(status, headers, length, chunked, closes or (length is None and not chunked))
+    return Head(status, headers, length, chunked, closes or status == 101 or (length is None and not chunked))
 
 
 def _headers(source: Source) -> dict[str, str]:
-    """Header lines up to the empty one. What is said twice counts as it was said last."""
+    """Header lines up to the empty one. What is said twice counts as it was said last, but where a body ends."""
     found: dict[str, str] = {}
     name = ""
     for _ in range(MOST_LINES):
         line = _whole(source.line(MOST_OF_A_LINE))
-        text = line.decode("latin-1")
-        if not text.strip():
+        if line in (b"\r\n", b"\n"):
             return found
+        text = line.decode("latin-1")
         if text[0] in " \t" and name:
-            found[name] += " " + text.strip()
+            found[name] += " " + text.strip(_SPACES)
             continue
         name, colon, value = text.partition(":")
-        name = name.strip().lower()
+        name, value = name.strip(_SPACES).lower(), value.strip(_SPACES)
         if not colon or not name:
             raise Garbled(f"its answer has a line that is no header: {line[:40]!r}")
-        found[name] = value.strip()
-    raise Garbled(f"its answer has more than {MOST_LINES} headers")
+        if name in _ENDS and found.get(name, value) != value:
+            raise Garbled(f"its answer says two things of where it ends: {name}")
+        found[name] = value
+    raise Garbled(f"its answer has {MOST_LINES} headers or more")
 
 
 def _whole(line: bytes) -> bytes:
     if not line.endswith(b"\n"):
         if len(line) >= MOST_OF_A_LINE:
             raise Garbled(f"its answer has a line of more than {MOST_OF_A_LINE} bytes")
-        raise ConnectionResetError("it ended in the head of the answer")
+        raise ConnectionResetError("it ended in the middle of a line")
     return line
 
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -225,6 +226,25 @@ def test_a_body_that_goes_on_after_its_length_is_not_trusted(wire: Wire, body: b
         assert ask(wire, server.url).body == body
         assert ask(wire, server.url).body == b"hello"
         assert server.connections == 2
+
+
+@pytest.mark.parametrize("behind", [b"evil", reply(200, b"evil")])
+def test_what_follows_the_last_chunk_is_no_answer_to_the_next_request(wire: Wire, behind: bytes) -> None:
+    whole = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"
+    with Scripted(whole + behind, reply(200, b"good")) as server:
+        with pytest.raises(Unavailable, match="sends more than it says"):
+            ask(wire, server.url)
+        assert ask(wire, server.url).body == b"good"
+
+
+def test_what_follows_a_large_body_is_no_answer_to_the_next_request(wire: Wire) -> None:
+    """Nor if the kernel was told to gather much before it tells of it, and whether it comes in time or not."""
+    body = os.urandom(512 << 10)
+    with Scripted(reply(200, body) + reply(200, b"evil")) as server:
+        for _ in range(5):
+            with suppress(Unavailable):
+                assert wire.send(Request("GET", server.url), where="the file", limit=MIB).body == body
+            time.sleep(0.01)
 
 
 def test_an_answer_to_head_has_no_body_whatever_the_server_thinks(wire: Wire) -> None:
@@ -653,6 +673,16 @@ def test_a_proxy_that_refuses_is_named(
     assert "p@ss" not in str(caught.value)
     assert "p%40ss" not in str(caught.value)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("host", ["ho st", "bücher.example"])
+def test_a_host_that_no_proxy_can_be_asked_for_is_refused(
+    tunnels: Tunnels, host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", tunnels.address.replace("p@ss", "p%40ss"))
+    with Wire() as wire, pytest.raises(UsageError, match="the file cannot be asked for"):
+        ask(wire, f"https://{host}/x")
+    assert tunnels.asked == []
 
 
 @pytest.mark.parametrize("address", ["socks5://me:p@host:1080", "http://me:p@host:port", "http://"])
