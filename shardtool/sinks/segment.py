@@ -101,14 +101,15 @@ class Fresh:
         array = self._slabs.lend(self._slab) if self._slab is not None else None
         base = self._lead - self._segment.start
         found = []
-        for _, _, entry, _ in self._segment.items:
-            _, dtype, shape, offset, nbytes, _ = entry
-            kind = _TORCH.get(dtype) or _held(entry)
-            if nbytes:
-                flat = torch.frombuffer(array, dtype=kind, count=nbytes // kind.itemsize, offset=base + offset)
+        for item in self._segment.items:
+            entry = item.entry
+            kind = _held(entry)
+            if entry.nbytes:
+                count = entry.nbytes // kind.itemsize
+                flat = torch.frombuffer(array, dtype=kind, count=count, offset=base + entry.offset)
                 found.append(_shaped(flat, entry))
             else:
-                found.append(torch.empty(shape, dtype=kind))
+                found.append(torch.empty(entry.shape, dtype=kind))
         return found
 
     def leave(self) -> None:
