@@ -203,7 +203,8 @@ class Client:
 
         To sign takes a tenth of a millisecond, and a server takes a signature for a quarter of an hour.
         """
-        now, of = time.time(), (self.credentials(), address, payload)  # it says the time; that it is old shows there
+        now = time.time()  # of the day, which the signature says and the server compares with its own
+        of = (self.credentials(), address, payload)
         made, by, headers = self._signatures.get(url, (0.0, None, {}))
         if by != of or abs(now - made) > _A_WHILE:
             headers = self._signed("GET", url, {"Host": urlsplit(url).netloc}, address, payload)
