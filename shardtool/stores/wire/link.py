@@ -326,7 +326,8 @@ def reason(error: BaseException) -> str:
     """What went wrong, in the words of the system where it is the system's error, as one short line."""
     cause = _cause(error)
     text = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
-    return " ".join(re.sub(r"\[SSL[^]]*\]|\(?_ssl\.c:\d+\)?:?", "", str(text)).split())[:200].rstrip(".")
+    text = re.sub(r"\s*\[Errno -?\d+\]\s*", ": ", str(text)).lstrip(": ")  # of the system's within a library's
+    return " ".join(re.sub(r"\[SSL[^]]*\]|\(?_ssl\.c:\d+\)?:?", "", text).split())[:200].rstrip(".")
 
 
 def _cause(error: BaseException) -> BaseException:
