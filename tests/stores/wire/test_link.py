@@ -124,9 +124,7 @@ def test_the_reason_is_that_of_the_system() -> None:
     assert (reason(beside), no_connection(beside)) == ("it takes no more bytes", False)
     assert (reason(EOFError()), no_connection(EOFError())) == ("EOFError", False)
     assert reason(OSError("[SSL: WRONG] it is\nso (_ssl.c:99)")) == "it is so"
-    assert (
-        reason(RuntimeError("no banner[Errno 104] Connection reset")) == "no banner: Connection reset"
-    )
+    assert reason(RuntimeError("no banner[Errno 104] Connection reset")) == "no banner: Connection reset"
     assert reason(RuntimeError("[Errno -2] Name or service not known")) == "Name or service not known"
     around = RuntimeError("round")
     around.__cause__ = around
