@@ -54,7 +54,7 @@ def of_chunk(data: bytes | memoryview) -> str:
 
 
 def of_chunks(chunks: Iterable[bytes | memoryview]) -> list[str]:
-    """The xxh3_128 of each; of many small ones it takes a third of the time."""
+    """The xxh3_128 of each, without a call of ours for every one."""
     return list(map(xxhash.xxh3_128_hexdigest, chunks))
 
 

@@ -151,18 +151,13 @@ class Link:
             self._count(time.monotonic() - before)
         return True
 
-    def ready(self) -> bool:
-        """Whether there are bytes to receive, or the end, as far as can be told at once."""
-        if not self._ahead and isinstance(self._socket, Secure):
-            self._ahead += self._socket.recv_at_once(_AHEAD)
-            return bool(self._ahead)
-        if isinstance(self._socket, ssl.SSLSocket):
-            return bool(self._ahead) or self._socket.pending() > 0
-        return bool(self._ahead) or self.stale()
-
     def says_more(self) -> bool:
         """Whether there is a byte that nobody has asked for, as far as can be told at once."""
-        if not self._ahead and self.ready() and not self._ahead:
+        if self._ahead:
+            return True
+        if isinstance(self._socket, Secure):
+            self._ahead += self._socket.recv_at_once(_AHEAD)
+        elif self._socket.pending() if isinstance(self._socket, ssl.SSLSocket) else self.stale():
             room = bytearray(1)
             self._ahead += room[: self.receive(memoryview(room))]
         return bool(self._ahead)
