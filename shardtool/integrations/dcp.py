@@ -44,7 +44,7 @@ from shardtool.checkpoint import INDEX, Checkpoint, open_checkpoint
 from shardtool.dtypes import DType, from_name
 from shardtool.errors import ShardtoolError, TensorMismatch, UsageError
 from shardtool.mosaic import resolve
-from shardtool.ops import slices
+from shardtool.ops import source as sources
 from shardtool.ops.bring import Slice, Slices, slice_of
 from shardtool.parallel import Parallel
 from shardtool.plan import Piece, Tensor
@@ -162,7 +162,7 @@ class ShardtoolReader(StorageReader):
             raise UsageError("say what to load: ShardtoolReader(uri), or checkpoint_id=uri")
         checkpoint: Checkpoint = open_checkpoint(self._uri, shard_pattern=self._pattern)
         with checkpoint.store.closed_on_failure():
-            return slices.checked(checkpoint, verify=self._verify)
+            return sources.checked(checkpoint, verify=self._verify)
 
 
 def _part(name: str, item: ReadItem, source: Source) -> Tensor:

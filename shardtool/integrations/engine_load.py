@@ -43,7 +43,7 @@ from shardtool.ops.bring import Slices
 from shardtool.ops.layout import Choice
 from shardtool.ops.load import exhaust, fill, handed
 from shardtool.ops.rank import items
-from shardtool.ops.slices import checked, plan, whole
+from shardtool.ops.slices import plan, whole
 from shardtool.ops.source import Source
 from shardtool.ops.together import together
 from shardtool.parallel import Parallel
@@ -328,7 +328,7 @@ class _Load:
 
     @cached_property
     def _source(self) -> tuple[Source, Checked | None]:
-        return checked(self.checkpoint, verify=self.options.verify)
+        return sources.checked(self.checkpoint, verify=self.options.verify)
 
     def _cutting(self, choice: Choice) -> Do:
         source, watch = self._source

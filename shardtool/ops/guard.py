@@ -13,7 +13,6 @@ from shardtool.checkpoint import open_checkpoint
 from shardtool.ops import source as sources
 from shardtool.ops.job import Means
 from shardtool.ops.limits import Reading, readers
-from shardtool.ops.slices import checked
 from shardtool.ops.source import Source
 from shardtool.ops.verify import check_input
 from shardtool.stores import Address
@@ -60,5 +59,5 @@ def guarded(uri: Address, shard_pattern: str | None, *, verify: bool) -> Guard:
     """Open what is to be converted. Without ``verify`` nothing is checked but what opening it does."""
     checkpoint = open_checkpoint(uri, shard_pattern=shard_pattern)
     with checkpoint.store.closed_on_failure():
-        source, watch = checked(checkpoint) if verify else (sources.of(checkpoint), None)
+        source, watch = sources.checked(checkpoint, verify=verify)
         return Guard(source, watch)

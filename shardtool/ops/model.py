@@ -228,7 +228,7 @@ def _whole(checkpoint: Checkpoint, dtype: str, verify: bool) -> _Source:
 
 def _sliced(checkpoint: Checkpoint, size: int, rank: int, dtype: str, verify: bool) -> _Source:
     """What a rank takes of a model, whose tensors are whole or were cut for others."""
-    source, watch = slices.checked(checkpoint, verify=verify)
+    source, watch = sources.checked(checkpoint, verify=verify)
     inventory = {name: logical for name, logical in source.inventory.items() if name in source.catalog}
     held = _dtype_of(source.config, inventory) if dtype == "auto" else from_name(dtype)
     layout = tp_plan.layout_of(source.config, inventory)

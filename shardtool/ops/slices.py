@@ -11,7 +11,6 @@ backwards. The tensors equal those that ``save`` writes for the rank, one by one
     held        ... of a checkpoint that is open
     plan        ... of a source that is open
     whole       all source tensors of shards instead, each as it was, for an engine that cuts them itself
-    checked     a checkpoint that is open as the source of these
 """
 
 from __future__ import annotations
@@ -22,8 +21,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from shardtool import computed
-from shardtool.checked import Checked
-from shardtool.checkpoint import Checkpoint, open_checkpoint, with_headers
+from shardtool.checkpoint import Checkpoint, open_checkpoint
 from shardtool.dtypes import DType, lossless
 from shardtool.errors import NotFound, PlanError
 from shardtool.exchange import exchange_for, heard
@@ -33,7 +31,7 @@ from shardtool.ops import layout as layouts
 from shardtool.ops import source as sources
 from shardtool.ops.bring import Slices, slice_of
 from shardtool.ops.layout import Choice
-from shardtool.ops.rank import items, number, text
+from shardtool.ops.rank import number, text
 from shardtool.ops.source import Source
 from shardtool.ops.stream import Handed
 from shardtool.ops.together import together
@@ -146,7 +144,7 @@ def held(checkpoint: Checkpoint, wanted: Wanted) -> Slices:
     sizes = Parallel(wanted.tp, wanted.pp)
     if wanted.rank not in sizes.ranks:
         raise NotFound(f"{sizes} has no rank {wanted.rank}; it has ranks 0 to {sizes.ranks[-1]}")
-    source, watch = checked(checkpoint, verify=wanted.verify)
+    source, watch = sources.checked(checkpoint, verify=wanted.verify)
     origin = source.origin
     ep = wanted.expert_parallel
     if ep is None:
@@ -154,17 +152,6 @@ def held(checkpoint: Checkpoint, wanted: Wanted) -> Slices:
     choice = Choice(wanted.layout or ("" if origin is not None else "vllm"), wanted.engine_version)
     found = plan(source, Parallel(wanted.tp, wanted.pp, ep), wanted.rank, choice, wanted.dtype or "auto")
     return replace(found, checked=watch)
-
-
-def checked(checkpoint: Checkpoint, *, verify: bool = True) -> tuple[Source, Checked | None]:
-    """A checkpoint that is open as a source, with a store that checks what has digests."""
-    made = checkpoint.manifest
-    if made is None or not verify:
-        return sources.of(checkpoint), None
-    found = with_headers(checkpoint)
-    ranks = (*found.ranks, None)  # kept tensors are of no rank
-    watch = Checked(found.store, [item for rank in ranks for item in items(found, rank, verify=True)])
-    return sources.sharded(replace(found, store=watch), made), watch
 
 
 def plan(source: Source, parallel: Parallel, rank: int, choice: Choice, dtype: str = "auto") -> Slices:

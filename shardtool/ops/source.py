@@ -12,11 +12,12 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 from shardtool import __version__, digest
+from shardtool.checked import Checked
 from shardtool.checkpoint import (
     CONFIG,
     Checkpoint,
@@ -34,6 +35,7 @@ from shardtool.manifest import Manifest, SideFile
 from shardtool.mosaic import Logical
 from shardtool.ops import sums
 from shardtool.ops.equal import equal as equal_bytes
+from shardtool.ops.rank import items
 from shardtool.plan import Catalog, Stored
 from shardtool.stores import Address
 from shardtool.stores.base import Object, Store
@@ -84,6 +86,17 @@ def of(checkpoint: Checkpoint) -> Source:
     if checkpoint.manifest is not None:
         return sharded(with_headers(checkpoint), checkpoint.manifest)
     return sharded(checkpoint, infer(checkpoint))
+
+
+def checked(checkpoint: Checkpoint, *, verify: bool = True) -> tuple[Source, Checked | None]:
+    """The same, and the store that checks what is read by it; None without digests, or ``verify``."""
+    made = checkpoint.manifest
+    if made is None or not verify:
+        return of(checkpoint), None
+    found = with_headers(checkpoint)
+    ranks = (*found.ranks, None)  # kept tensors are of no rank
+    watch = Checked(found.store, [item for rank in ranks for item in items(found, rank, verify=True)])
+    return sharded(replace(found, store=watch), made), watch
 
 
 def _whole(checkpoint: Checkpoint) -> Source:

@@ -23,6 +23,9 @@ from shardtool.window import Window
 WHOLE = "checkpoint"
 """The name under which troubles that belong to no single file are reported."""
 
+FOREIGN = 100
+"""Files that do not belong to a checkpoint and are named at most; others are counted."""
+
 
 @dataclass(slots=True)
 class FileCheck:
@@ -119,7 +122,7 @@ def _names(file: WeightFile, wanted: Mapping[str, Tensor], seen: set[str], check
 
 
 def _foreign(store: Store, made: Manifest) -> list[FileCheck]:
-    """Files that an engine would take for shards of this checkpoint, and that are not."""
+    """Files that an engine would take for shards of this checkpoint, and that are not. Too many are only counted."""
     names = pattern.parse(made.pattern, tp=made.tp, pp=made.pp).regex()
     own = {record.key for record in made.files}
     why = "foreign: the manifest does not know it, but an engine would read it"
@@ -130,9 +133,18 @@ def _foreign(store: Store, made: Manifest) -> list[FileCheck]:
             return re.search(f"(?:{names.pattern})$", key) is not None
         return names.fullmatch(key) is not None or ("/" not in key and key.endswith(".safetensors"))
 
-    return [
-        FileCheck(thing.key, thing.size, [why]) for thing in store.list() if thing.key not in own and read(thing.key)
-    ]
+    checks: list[FileCheck] = []
+    more = 0
+    for thing in store.list():
+        if thing.key in own or not read(thing.key):
+            continue
+        if len(checks) < FOREIGN:
+            checks.append(FileCheck(thing.key, thing.size, [why]))
+        else:
+            more += 1
+    if more:
+        checks.append(FileCheck(made.pattern, why=[f"foreign: {more} more files, beside the {FOREIGN} that are named"]))
+    return checks
 
 
 def coverage(made: Manifest) -> list[str]:

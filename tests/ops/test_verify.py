@@ -17,6 +17,7 @@ import shardtool
 from shardtool import stores
 from shardtool.errors import BudgetTooSmall, Incomplete, NotFound
 from shardtool.layouts import tables
+from shardtool.ops.structure import FOREIGN
 from shardtool.ops.verify import Report
 from tests.builders import (
     COUNTING,
@@ -167,6 +168,13 @@ def test_a_file_that_an_engine_would_read_too_is_foreign(key: str):
     found = report({**SHARDS, key: safetensors({"x": random((2,), "BF16")})})
     assert f"{key}: foreign: the manifest does not know it, but an engine would read it" in troubles(found)
     assert not found.ok
+
+
+def test_of_many_foreign_files_some_are_named_and_the_others_counted():
+    shard = safetensors({"x": random((2,), "BF16")})
+    found = report({**SHARDS, **{f"model-rank-0-part-{n}.safetensors": shard for n in range(1000, 1000 + FOREIGN + 7)}})
+    assert sum(not check.ok for check in found.files) == FOREIGN + 1
+    assert ".safetensors: foreign: 7 more files, beside the 100 that are named" in troubles(found)
 
 
 def test_notes_beside_a_checkpoint_are_not_its_business():
