@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 
 from shardtool import pattern
 from shardtool.checkpoint import Checkpoint, WeightFile, read_header
@@ -133,16 +134,9 @@ def _foreign(store: Store, made: Manifest) -> list[FileCheck]:
             return re.search(f"(?:{names.pattern})$", key) is not None
         return names.fullmatch(key) is not None or ("/" not in key and key.endswith(".safetensors"))
 
-    checks: list[FileCheck] = []
-    more = 0
-    for thing in store.list():
-        if thing.key in own or not read(thing.key):
-            continue
-        if len(checks) < FOREIGN:
-            checks.append(FileCheck(thing.key, thing.size, [why]))
-        else:
-            more += 1
-    if more:
+    found = (thing for thing in store.list() if thing.key not in own and read(thing.key))
+    checks = [FileCheck(thing.key, thing.size, [why]) for thing in islice(found, FOREIGN)]
+    if more := sum(1 for _ in found):
         checks.append(FileCheck(made.pattern, why=[f"foreign: {more} more files, beside the {FOREIGN} that are named"]))
     return checks
 
